@@ -1,0 +1,46 @@
+"""Distillation: what the teacher shows (`observe`) and what the student is asked to match (the objectives)."""
+
+from limbeck.distill.base import (
+    OBJECTIVES,
+    WHOLE_MODEL,
+    Objective,
+    StageStep,
+    check_vocabularies,
+    make_objective,
+    mixer_parameters,
+    register_objective,
+)
+from limbeck.distill.guidance import Guide, GuidedStep, TargetGuide, TrajectoryGuide, WaypointGuide
+from limbeck.distill.hidden import HiddenObjective
+from limbeck.distill.layerwise import LayerwiseObjective, layer_outputs
+from limbeck.distill.logits import LogitsObjective, kl_divergence, next_token_loss
+from limbeck.distill.matrix import MatrixObjective
+from limbeck.distill.observe import LayerOutput, LayerSignals, Observation, observe, run_layer
+
+__all__ = [
+    "OBJECTIVES",
+    "WHOLE_MODEL",
+    "Guide",
+    "GuidedStep",
+    "HiddenObjective",
+    "LayerOutput",
+    "LayerSignals",
+    "LayerwiseObjective",
+    "LogitsObjective",
+    "MatrixObjective",
+    "Objective",
+    "Observation",
+    "StageStep",
+    "TargetGuide",
+    "TrajectoryGuide",
+    "WaypointGuide",
+    "check_vocabularies",
+    "kl_divergence",
+    "layer_outputs",
+    "make_objective",
+    "mixer_parameters",
+    "next_token_loss",
+    "observe",
+    "register_objective",
+    "run_layer",
+]

@@ -1,0 +1,136 @@
+"""`causal_conv`, the short depthwise convolution before the mixers: each channel sees its last k inputs.
+
+    y_t = activation(bias + Σ_j weight[:, j] · x_{t-(k-1)+j})
+
+This is the door: shapes, number types, the choice of backend. The computation is in `causal_conv_reference.py`.
+"""
+
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.errors import LimbeckError
+from limbeck.ops.causal_conv_reference import causal_conv_reference, last_inputs
+from limbeck.ops.checks import check_backend, check_seq_idx, check_shapes, wide_dtype, without_autocast
+
+Activation = Literal["identity", "silu"]
+Backend = Literal["auto", "reference"]
+
+
+@overload
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = "identity",
+    initial_state: Tensor | None = None,
+    return_state: Literal[False] = False,
+    seq_idx: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor: ...
+@overload
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = "identity",
+    initial_state: Tensor | None = None,
+    return_state: Literal[True],
+    seq_idx: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = "identity",
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    seq_idx: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Convolve each channel with its own k taps, looking back only.
+
+    Args:
+        x: (b, l, c).
+        weight: (c, k); the last tap is the present token's.
+        bias: (c,) or None.
+        activation: ``"identity"`` or ``"silu"``.
+        initial_state: (b, c, k-1), the inputs before the first token, of the first document; zero by default.
+        return_state: Whether to return the last k-1 inputs as well.
+        seq_idx: (b, l) integer, non-decreasing document ids; no tap reaches across a change of id.
+        backend: ``"auto"`` chooses by device, dtype and shape; ``"reference"`` is plain torch.
+
+    Returns:
+        y, (b, l, c) in x's dtype, or (y, state) with the state (b, c, k-1) in x's dtype: the last inputs of the last
+        document, zeros before its start.
+
+    Raises:
+        LimbeckError: When a shape does not fit, or the activation or backend is unknown.
+    """
+    check_backend("causal_conv", backend, ("auto", "reference"))
+    sizes = _check_conv(weight, bias, activation, x=x, state=initial_state)
+    check_seq_idx("causal_conv", seq_idx, sizes["b"], sizes["l"])
+    wide = wide_dtype(x, weight, bias)
+    if initial_state is None:
+        initial_state = x.new_zeros(sizes["b"], sizes["c"], sizes["k"] - 1)
+    initial_state = initial_state.to(x.dtype)
+    with without_autocast(x):
+        y = causal_conv_reference(
+            x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), initial_state.to(wide), seq_idx
+        )
+        y = _activate(y, activation).to(x.dtype)
+    return (y, last_inputs(x, initial_state, seq_idx)) if return_state else y
+
+
+def causal_conv_step(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = "identity"
+) -> tuple[Tensor, Tensor]:
+    """Advance `causal_conv` by one token.
+
+    Args:
+        state: (b, c, k-1), the inputs before this one; left as it is.
+        x: (b, c).
+        weight: (c, k).
+        bias: (c,) or None.
+        activation: ``"identity"`` or ``"silu"``.
+
+    Returns:
+        y, (b, c) in x's dtype, and the new state, (b, c, k-1) in x's dtype.
+
+    Raises:
+        LimbeckError: When a shape does not fit, or the activation is unknown.
+    """
+    _check_conv(weight, bias, activation, layout="b c", x=x, state=state)
+    wide = wide_dtype(x, weight, bias)
+    window = torch.cat([state.to(x.dtype), x[..., None]], dim=-1)  # (b, c, k)
+    y = (window.to(wide) * weight.to(wide)).sum(-1)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return _activate(y, activation).to(x.dtype), window[..., 1:]
+
+
+def _activate(y: Tensor, activation: Activation) -> Tensor:
+    return F.silu(y) if activation == "silu" else y
+
+
+def _check_conv(
+    weight: Tensor, bias: Tensor | None, activation: str, *, layout: str = "b l c", x: Tensor, state: Tensor | None
+) -> dict[str, int]:
+    if activation not in ("identity", "silu"):
+        raise LimbeckError(f"causal_conv was given activation {activation!r}", expected='"identity" or "silu"')
+    tensors = {"x": (x, layout), "weight": (weight, "c k")}
+    if bias is not None:
+        tensors["bias"] = (bias, "c")
+    sizes = check_shapes("causal_conv", tensors)
+    shape = (sizes["b"], sizes["c"], sizes["k"] - 1)
+    if state is not None and tuple(state.shape) != shape:
+        raise LimbeckError(
+            f"causal_conv was given a state of shape {tuple(state.shape)}", expected=f"(b, c, k-1) = {shape}"
+        )
+    return sizes

@@ -1,0 +1,203 @@
+"""Driving the stages of a run: each from its predecessor's student to its own."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from limbeck.data import BatchSampler, Samples, collate, micro_batches
+from limbeck.distill import WHOLE_MODEL, GuidedStep, StageStep, make_objective, mixer_parameters
+from limbeck.evaluation import agreement, perplexity
+from limbeck.mixers import Mixer
+from limbeck.progress import console
+from limbeck.recipes.folder import RunFolder
+from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe, Stage
+from limbeck.recipes.teachers import Teachers
+from limbeck.students import load_model
+from limbeck.training import (
+    Checkpoints,
+    Companion,
+    MetricsLog,
+    StageResult,
+    learning_summary,
+    learning_table,
+    load_learned,
+    make_adamw,
+    parameter_groups,
+    train_stage,
+)
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_temp")
+
+
+@dataclass(frozen=True)
+class RunSamples:
+    """The samples of a run: what is learned from, and what is held out."""
+
+    training: Samples
+    held_out: Samples | None
+
+
+class Driver:
+    """Runs the stages of one run, one after the other.
+
+    Args:
+        run: The run's folder.
+        recipe: As it runs.
+        teacher: Where the recipe's teacher is; it is loaded when a stage first needs it.
+        samples: What is read.
+        device: Where to train.
+    """
+
+    def __init__(self, run: RunFolder, recipe: Recipe, teacher: str, samples: RunSamples, device: torch.device):
+        self.run, self.recipe, self.samples, self.device = run, recipe, samples, device
+        half = "bfloat16" if device.type == "cuda" else "float32"
+        self.autocast = PRECISIONS[half if recipe.precision == "auto" else recipe.precision]
+        self.teachers = Teachers(teacher, self.autocast, device)
+
+    def run_stage(self, index: int, name: str, predecessor: str) -> None:
+        """Train one stage from its predecessor's student and leave its own."""
+        stage = self.recipe.stages[name]
+        start = self.run.verified(index - 1, predecessor)
+        student = load_model(start, dtype=torch.float32, device=self.device).train()
+        step, companion = self._step(stage, student)
+        optimizer = optimizer_of(step, stage)
+        title = f"stage {name} ({stage.objective}): {stage.steps} updates of {stage.tokens_per_step:,} tokens"
+        console().print(learning_table(learning_summary(step, optimizer.param_groups), title=title))
+        every = stage.interval_of(self.recipe.evaluation.every) if self.samples.held_out else 0
+        with MetricsLog(self.run.metrics) as metrics, _tf32(self.recipe.tf32):
+            result = train_stage(
+                step,
+                optimizer,
+                stage=name,
+                batches=micro_batches(self.samples.training, self._sampler(name), stage.micro_batch),
+                schedule=stage.learning_rate,
+                total_steps=stage.steps,
+                tokens_per_step=stage.tokens_per_step,
+                metrics=metrics,
+                checkpoints=checkpoints_of(self.run, index, name, stage),
+                checkpoint_every=stage.checkpoint_steps or None,
+                evaluate=lambda: self._evaluate(stage, step),
+                eval_every=every or None,
+                clip=stage.clip or None,
+                autocast=self.autocast,
+                device=self.device,
+                seed=self.recipe.data.seed,
+                enter=step.enter if isinstance(step, GuidedStep) else None,
+                companion=companion,
+            )
+        self._leave(index, name, start, step, result)
+
+    def _step(self, stage: AnyStage, student: PreTrainedModel) -> tuple[StageStep, Companion | None]:
+        """What the stage trains, and what learns beside it."""
+        objective = make_objective(stage.objective, **stage.objective_options())
+        if not isinstance(stage, LayerwiseStage):
+            teacher = self.teachers.of(stage) if objective.needs_teacher else None
+            return StageStep(student, objective, teacher, stage.trainable), None
+        guide, companion = self.teachers.guide(stage)
+        return GuidedStep(student, objective, guide, stage.trainable), companion
+
+    def _sampler(self, name: str) -> BatchSampler:
+        """Which samples each update of a stage reads: it goes on behind those of the stages before it."""
+        data, before = self.recipe.data, 0
+        for earlier, stage in self.recipe.stages.items():
+            if earlier == name:
+                break
+            before += stage.steps * stage.samples_per_step(data.sequence_length)
+        count = len(self.samples.training)
+        return BatchSampler(
+            count if data.samples is None else min(count, data.samples),
+            self.recipe.stages[name].samples_per_step(data.sequence_length),
+            seed=data.seed,
+            shuffle=data.shuffle,
+            offset=before,
+        )
+
+    def _evaluate(self, stage: AnyStage, step: StageStep) -> Mapping[str, float]:
+        """Held-out loss and perplexity, and the distance from the teacher that is followed, if any is."""
+        batches = held_out_batches(self.samples.held_out, self.recipe)
+        teacher = step.guide.teacher if isinstance(step, GuidedStep) else self.teachers.of(stage)
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            found = perplexity(step.student, batches)
+            figures = {"loss": found.nll, "perplexity": found.perplexity}
+            if teacher is not None:
+                close = agreement(step.student, teacher, batches)
+                figures |= {"kl": close.kl, "top1": close.top1}
+        return figures
+
+    def _leave(self, index: int, name: str, start: Path, step: StageStep, result: StageResult) -> None:
+        """Publish the stage's student: the best weights where the held-out loss speaks of the whole, else the last."""
+        best = step.objective.scope >= WHOLE_MODEL and result.best_path is not None
+        if best:
+            load_learned(step, result.best_path)  # type: ignore[arg-type]
+        facts = {"steps": result.steps, "tokens": result.tokens, "weights_of_step": result.steps}
+        if best:
+            facts |= {"weights_of_step": result.best_step, "held_out_loss": result.best_loss}
+
+        def write(folder: Path) -> None:
+            step.student.save_pretrained(folder)
+            for file in start.iterdir():
+                if file.name.startswith(TOKENIZER_FILES):
+                    shutil.copy2(file, folder)
+
+        self.run.publish(index, name, write, **facts)
+
+
+def optimizer_of(step: StageStep, stage: Stage) -> torch.optim.AdamW:
+    """The optimiser of a stage, over everything in it that learns."""
+    exempt = {
+        f"student.{name}.{parameter}"
+        for name, mixer in step.student.named_modules()
+        if isinstance(mixer, Mixer)
+        for parameter in mixer.no_weight_decay
+    }
+    groups = parameter_groups(
+        step.named_parameters(),
+        mixer_parameters={f"student.{parameter}" for parameter in mixer_parameters(step.student)},
+        lr=stage.lr,
+        mixer_lr=stage.mixer_lr,
+        weight_decay=stage.weight_decay,
+        mixer_weight_decay=stage.mixer_weight_decay,
+        no_decay=stage.no_decay,
+        exempt=exempt if stage.no_decay is None else (),
+        freeze_steps=stage.steps_of(stage.freeze_steps),
+    )
+    return make_adamw(groups, betas=stage.betas)
+
+
+def checkpoints_of(run: RunFolder, index: int, name: str, stage: AnyStage) -> Checkpoints:
+    """The checkpoints of a stage: the last two, those that are kept, and the one at its switch."""
+    kept = stage.interval_of(stage.keep_every)
+
+    def keep_for_good(step: int) -> bool:
+        return step == stage.switch_step or (kept > 0 and step % kept == 0)
+
+    folder = run.stage(index, name) / "checkpoints"
+    return Checkpoints(folder, stage=name, fingerprint=run.run_id, keep_for_good=keep_for_good)
+
+
+def held_out_batches(dataset: Samples | None, recipe: Recipe) -> list[dict[str, Tensor]]:
+    """The batches a recipe's evaluations read."""
+    assert dataset is not None
+    count, size = min(recipe.evaluation.samples, len(dataset)), recipe.evaluation.batch_size
+    return [collate(dataset, range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """While open, a GPU may round the factors of float32 matrix products, if that is allowed."""
+    if not allowed or not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

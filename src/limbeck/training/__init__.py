@@ -1,0 +1,30 @@
+"""Training: one stage's loop, its optimiser, schedule, checkpoints and metrics. Plain arguments, never a recipe."""
+
+from limbeck.training.checkpoint import Checkpoints, TrainingState, read_state
+from limbeck.training.loop import StageResult, TrainingInterrupted, train_stage
+from limbeck.training.optim import GroupSummary, learning_summary, learning_table, make_adamw, parameter_groups
+from limbeck.training.schedule import Schedule, make_schedule
+from limbeck.training.tracking import TIME_FIELDS, MetricsLog, read_metrics
+from limbeck.training.update import Companion
+from limbeck.training.weights import load_learned
+
+__all__ = [
+    "TIME_FIELDS",
+    "Checkpoints",
+    "Companion",
+    "GroupSummary",
+    "MetricsLog",
+    "Schedule",
+    "StageResult",
+    "TrainingInterrupted",
+    "TrainingState",
+    "learning_summary",
+    "learning_table",
+    "load_learned",
+    "make_adamw",
+    "make_schedule",
+    "parameter_groups",
+    "read_metrics",
+    "read_state",
+    "train_stage",
+]

@@ -1,0 +1,170 @@
+"""metrics.jsonl: one JSON object a line, for every update and every evaluation of a run, all stages in one file.
+
+A line of an update holds ``stage, step, tokens, loss``, the named terms, ``lr, grad_norm, time, tokens_per_second``; a
+line of an evaluation ``stage, step, tokens``, the figures with ``eval_`` before them, and ``time``. `step` and `tokens`
+count what is done. `TIME_FIELDS` apart, a resumed run writes the same bytes as an uninterrupted one.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from limbeck.errors import LimbeckError
+from limbeck.progress import PlainProgress
+
+TIME_FIELDS = ("time", "tokens_per_second")
+SHOWN_TERMS = 4  # of a line of progress; metrics.jsonl has them all
+
+
+class MetricsLog:
+    """Appends lines to a metrics file, and cuts off those that a resumed run will write again.
+
+    Args:
+        path: The file; it is made when missing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    def write(self, lines: list[dict[str, Any]]) -> None:
+        """Append lines and hand them to the operating system; a number that is not finite is written as null."""
+        text = "".join(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n" for line in lines)
+        self._file.write(text.encode())
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Bring all lines to the disk and return the length of the file in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self.path.stat().st_size
+
+    def cut(self, length: int) -> bool:
+        """Drop everything behind byte `length`, the value `sync` gave.
+
+        Returns:
+            False when the file is shorter than that: lines have been lost since.
+        """
+        held = self.path.stat().st_size
+        self._file.truncate(min(length, held))
+        return held >= length
+
+    def start_of(self, stage: str) -> int:
+        """Return the byte at which the lines of `stage` start; without any, the end of the last whole line."""
+        position = 0
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    found = json.loads(line)["stage"]
+                except (ValueError, KeyError, TypeError):
+                    raise LimbeckError(
+                        f"{self.path}, line {number}: {line[:60].decode(errors='replace')!r}",
+                        expected='a JSON object with "stage", as every line of a run has',
+                        hint="move the file away to start a new one",
+                    ) from None
+                if found == stage:
+                    break
+                position += len(line)
+        return position
+
+    def close(self) -> None:
+        """Close the file; a closed log takes no more lines."""
+        self._file.close()
+
+
+class Recorder:
+    """Keeps the figures of the last updates on the device; `flush` fetches, checks, writes and shows them together.
+
+    Args:
+        stage: The stage's name.
+        metrics: Where lines go.
+        tokens_per_step: For tokens per second.
+        progress: Where the newest figures are shown.
+    """
+
+    def __init__(self, stage: str, metrics: MetricsLog, tokens_per_step: int, progress: PlainProgress):
+        self.stage, self.metrics, self.tokens_per_step, self.progress = stage, metrics, tokens_per_step, progress
+        self._waiting: list[tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what was not training (evaluation, saving) out of the tokens per second."""
+        assert not self._waiting
+        self._clock = time.monotonic()
+
+    def waited(self) -> float:
+        """Seconds since the last flush."""
+        return time.monotonic() - self._clock
+
+    def record(self, step: int, tokens: int, lr: float, figures: dict[str, Tensor]) -> None:
+        """Take the figures of one update, scalar tensors, without reading them."""
+        head = {"stage": self.stage, "step": step, "tokens": tokens}
+        self._waiting.append((head, figures, {"lr": lr, "time": time.time()}))
+
+    def flush(self) -> None:
+        """Write a line for every update taken since; stop at the first that is not finite."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        values = iter(torch.stack([value.double() for _, figures, _ in waiting for value in figures.values()]).tolist())
+        speed = self.tokens_per_step * len(waiting) / max(self.waited(), 1e-9)
+        self.restart_clock()
+        lines: list[dict[str, Any]] = []
+        try:
+            for head, figures, tail in waiting:
+                numbers = {name: next(values) for name in figures}
+                self._check(head["step"], numbers)
+                lines.append(head | numbers | tail | {"tokens_per_second": speed})
+        finally:
+            self.metrics.write(lines)
+        newest = lines[-1]
+        shown = {name: newest[name] for name in list(waiting[-1][1])[:SHOWN_TERMS]}
+        self.progress.update(newest["step"], shown | {"lr": newest["lr"], "tokens/s": speed})
+
+    def evaluation(self, step: int, tokens: int, figures: dict[str, float]) -> None:
+        """Write and show the figures of an evaluation."""
+        line: dict[str, Any] = {"stage": self.stage, "step": step, "tokens": tokens}
+        line |= {f"eval_{name}": value for name, value in figures.items()}
+        self.metrics.write([line | {"time": time.time()}])
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.progress.note(f"{self.stage} {step}: held-out {shown}")
+
+    def _check(self, step: int, numbers: dict[str, float]) -> None:
+        bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+        if bad:
+            found = ", ".join(f"{name} = {numbers[name]}" for name in bad)
+            raise LimbeckError(
+                f"stage {self.stage!r}, step {step}: {found}",
+                expected="finite losses and a finite gradient",
+                hint="a lower lr, a longer warmup or a smaller clip; the last checkpoint is as it was",
+            )
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a metrics file; a last line that a crash tore is left out."""
+    with Path(path).open("rb") as lines:
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

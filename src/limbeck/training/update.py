@@ -1,0 +1,159 @@
+"""One update: the gradients of its micro-batches, then a step of every optimiser whose turn it is."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.errors import LimbeckError
+
+Batch = Mapping[str, Tensor]
+WAITS = "limbeck_waits"
+LEAST_SCALE = 2.0**-20
+
+
+class Companion:
+    """A second model that learns beside the step module, as a teacher does that is fine-tuned alongside.
+
+    Its loss is a term of the step module's forward, with a graph of its own. It has its own optimiser, schedule and
+    clip, and is part of every checkpoint while it is there.
+
+    Args:
+        module: The model.
+        optimizer: Over its parameters.
+        schedule: Updates of its own that are done → learning rate.
+        until: Updates of the step module after which it is let go.
+        every: It is updated in every so many-th update of the step module.
+        clip: Largest global norm of its gradient; None: not clipped.
+        name: What its figures begin with.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Callable[[int], float],
+        *,
+        until: int,
+        every: int = 1,
+        clip: float | None = None,
+        name: str = "teacher",
+    ):
+        self.module: nn.Module | None = module
+        self.optimizer: torch.optim.Optimizer | None = optimizer
+        self.schedule, self.until, self.every, self.clip, self.name = schedule, until, every, clip, name
+
+    def enter(self, step: int) -> None:
+        """Let go of the model, and of its optimiser's state, once its time is over."""
+        if step >= self.until:
+            self.module = self.optimizer = None
+
+    def update(self, step: int, scaler: torch.amp.GradScaler | None) -> dict[str, Tensor]:
+        """Learn from the gradients of the update that follows `step` finished ones, if it is its turn.
+
+        Returns:
+            Its figures: the learning rate and the gradient's norm.
+        """
+        if self.optimizer is None or (step + 1) % self.every:
+            return {}
+        lr = self.schedule((step + 1) // self.every - 1)
+        norm = apply(self.optimizer, lr, self.clip, scaler)
+        return {f"{self.name}_lr": torch.full_like(norm, lr, dtype=torch.float64), f"{self.name}_grad_norm": norm}
+
+
+def wake(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Let learn what may learn after `step` updates: a group waits until its ``learns_from``."""
+    for group in optimizer.param_groups:
+        waiting = step < group.get("learns_from", 0)
+        for parameter in group["params"]:
+            parameter.requires_grad_(not waiting)
+            setattr(parameter, WAITS, waiting)
+
+
+def learns(parameter: Tensor) -> bool:
+    """Whether a parameter learns in this stage, now or later."""
+    return parameter.requires_grad or getattr(parameter, WAITS, False)
+
+
+def accumulate(
+    module: nn.Module,
+    micro_batches: Sequence[Batch],
+    device: torch.device,
+    autocast: torch.dtype | None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> dict[str, Tensor]:
+    """Add up the gradient of the mean loss over micro-batches; return the means of the loss and its terms, detached.
+
+    Every term with a graph is learned from: ``loss``, and that of a `Companion`, whose graph is another.
+    """
+    shapes = {tuple((key, tensor.shape) for key, tensor in sorted(batch.items())) for batch in micro_batches}
+    assert len(shapes) == 1, f"micro-batches of one update must be of equal size, got {shapes}"
+    share = 1.0 / len(micro_batches)
+    means: dict[str, Tensor] = {}
+    for batch in micro_batches:
+        batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            terms = module(batch)
+        total = terms["loss"]
+        for name, term in terms.items():
+            if name != "loss" and term.requires_grad:
+                total = total + term
+        total = total * share
+        (total if scaler is None else scaler.scale(total)).backward()
+        for name, value in terms.items():
+            part = value.detach() * share
+            means[name] = means[name] + part if name in means else part
+    return means
+
+
+def apply(
+    optimizer: torch.optim.Optimizer, lr: float, clip: float | None, scaler: torch.amp.GradScaler | None = None
+) -> Tensor:
+    """Clip the gradient, take the optimiser's step at rate `lr`, and forget the gradient.
+
+    Args:
+        optimizer: Its groups may hold ``lr_scale``.
+        lr: Learning rate of a group whose ``lr_scale`` is 1.
+        clip: Largest global norm of the gradient; None: not clipped.
+        scaler: Of the loss. A gradient that overflowed is not learned from.
+
+    Returns:
+        The norm of the gradient before clipping; 0 where it overflowed under a scaler.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = _clip([parameter for group in optimizer.param_groups for parameter in group["params"]], clip)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        norm = torch.where(norm.isfinite(), norm, 0.0)
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def rescale(scaler: torch.amp.GradScaler, stage: str, step: int) -> dict[str, Tensor]:
+    """Adapt the loss scale after an update; the figure is the scale that the update had.
+
+    Raises:
+        LimbeckError: The gradient overflows however small the loss is scaled: it is not a number.
+    """
+    scale = scaler.get_scale()
+    scaler.update()
+    if scale < LEAST_SCALE:
+        raise LimbeckError(
+            f"stage {stage!r}, step {step}: the gradient overflows at a loss scale of {scale}",
+            expected="a gradient that float16 can hold",
+            hint='precision = "bfloat16" or "float32", or a lower lr',
+        )
+    return {"loss_scale": torch.tensor(scale)}
+
+
+def _clip(parameters: Sequence[Tensor], clip: float | None) -> Tensor:
+    """Scale the gradient down to norm `clip` if it is longer; return its norm before that. No host sync."""
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    return norm

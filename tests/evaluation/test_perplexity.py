@@ -1,0 +1,135 @@
+"""Perplexity and agreement against sums by hand, and the evaluation of a folder on a text."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import limbeck
+from limbeck import LimbeckError, load_model
+from limbeck.data import TokenDataset, collate
+from limbeck.evaluation import agreement, perplexity
+from limbeck.evaluation.perplexity import MOST_NLL, Perplexity, evaluate_on_text
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_folder):
+    return load_model(teacher_folder)
+
+
+@pytest.fixture(scope="module")
+def student_folder(teacher_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student") / "student"
+    limbeck.convert_folder(teacher_folder, folder, keep_attention=[0])
+    return folder
+
+
+@pytest.fixture
+def batches():
+    dataset = TokenDataset(np.random.default_rng(0).integers(0, 288, 16 * 7 + 1), 16)
+    return [collate(dataset, indices) for indices in ([0, 1, 2], [3, 4, 5], [6])]
+
+
+def test_perplexity_by_hand(teacher, batches):
+    nll = []
+    with torch.no_grad():
+        for batch in batches:
+            log_probs = teacher(batch["input_ids"]).logits.double().log_softmax(-1)
+            nll += (-log_probs.gather(-1, batch["labels"][..., None])).flatten().tolist()
+    found = perplexity(teacher, batches)
+    assert found.tokens == len(nll) == 7 * 16
+    assert found.nll == pytest.approx(sum(nll) / len(nll), rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(found.nll))
+
+
+def test_batches_of_any_size_measure_the_same(teacher, batches):
+    joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    assert perplexity(teacher, [joined]).nll == pytest.approx(perplexity(teacher, batches).nll, rel=1e-6)
+    twin = load_model(teacher.name_or_path)
+    one, many = agreement(twin, teacher, [joined]), agreement(twin, teacher, batches)
+    assert (one.top1, one.tokens) == (many.top1, many.tokens)
+
+
+def test_tokens_without_a_label_are_left_out(teacher, batches):
+    masked = [{**batch, "labels": batch["labels"].clone()} for batch in batches]
+    for batch in masked:
+        batch["labels"][:, ::2] = -100
+    found = perplexity(teacher, masked)
+    assert found.tokens == 7 * 8
+    with torch.no_grad():
+        nll = [
+            -teacher(b["input_ids"]).logits.log_softmax(-1).gather(-1, b["labels"][..., None])[:, 1::2] for b in batches
+        ]
+    assert found.nll == pytest.approx(torch.cat([part.flatten() for part in nll]).mean().item(), rel=1e-6)
+
+
+def test_a_loss_beyond_floats_is_infinite():
+    assert math.isfinite(Perplexity(MOST_NLL, 1).perplexity)
+    assert Perplexity(MOST_NLL + 1, 1).perplexity == math.inf
+    assert math.isnan(Perplexity(math.nan, 1).perplexity)
+
+
+def test_agreement_by_hand(teacher, student_folder, batches):
+    student = load_model(student_folder)
+    kl, same = [], []
+    with torch.no_grad():
+        for batch in batches:
+            ours, theirs = (m(batch["input_ids"]).logits.double() for m in (student, teacher))
+            kl.append((theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).flatten())
+            same.append((ours.argmax(-1) == theirs.argmax(-1)).flatten().double())
+    found = agreement(student, teacher, batches)
+    assert found.tokens == 7 * 16
+    assert found.kl == pytest.approx(torch.cat(kl).mean().item(), rel=1e-5)
+    assert found.top1 == pytest.approx(torch.cat(same).mean().item())
+    assert 0 < found.top1 < 1
+
+
+def test_a_model_agrees_with_itself(teacher, batches):
+    found = agreement(teacher, teacher, batches)
+    assert (found.kl, found.top1) == (0.0, 1.0)
+
+
+def test_modes_and_gradients_are_left_alone(teacher_folder, student_folder, batches):
+    config = load_model(teacher_folder).config
+    config.attention_dropout = config.hidden_dropout = 0.5
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, config=config)
+    student = load_model(student_folder).train()
+    expected = perplexity(teacher.eval(), batches)
+    assert perplexity(teacher.train(), batches) == expected  # dropout is off while it is measured
+    agreement(student, teacher, batches)
+    assert teacher.training
+    assert student.training
+    assert all(parameter.grad is None for parameter in student.parameters())
+    with pytest.raises(KeyError):
+        perplexity(teacher, [{}])
+    assert teacher.training
+
+
+def test_a_folder_on_a_text(student_folder, teacher_folder, teacher, text_file):
+    options = {"sequence_length": 32, "device": "cpu"}
+    figures = evaluate_on_text(student_folder, text_file, teacher=teacher_folder, **options)
+    assert list(figures) == ["model", "tokens", "nll", "perplexity", "teacher_perplexity", "kl", "top1"]
+    assert figures["tokens"] % 32 == 0
+    alone = evaluate_on_text(teacher_folder, text_file, batch_size=3, **options)
+    assert alone["perplexity"] == pytest.approx(figures["teacher_perplexity"], rel=1e-5)
+    assert "kl" not in alone
+    few = evaluate_on_text(teacher_folder, text_file, samples=2, dtype="float64", **options)
+    assert few["tokens"] == 64
+
+
+def test_what_an_evaluation_refuses(student_folder, teacher_folder, text_file, tmp_path):
+    with pytest.raises(LimbeckError, match="is shorter than one sample"):
+        evaluate_on_text(teacher_folder, text_file, sequence_length=10**6)
+    with pytest.raises(LimbeckError, match="samples = 0"):
+        evaluate_on_text(teacher_folder, text_file, samples=0)
+    with pytest.raises(LimbeckError, match="batch_size = 0"):
+        evaluate_on_text(teacher_folder, text_file, batch_size=0)
+    with pytest.raises(LimbeckError, match="unknown dtype 'float8'"):
+        evaluate_on_text(teacher_folder, text_file, dtype="float8")
+    config = load_model(teacher_folder).config
+    config.vocab_size = 300
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(LimbeckError, match="the student's vocabulary has 288 tokens"):
+        evaluate_on_text(student_folder, text_file, teacher=tmp_path)
