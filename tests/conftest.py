@@ -9,6 +9,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its interpreter runs the kernels
+
 hypothesis.settings.register_profile("limbeck", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("limbeck")
 
