@@ -186,7 +186,7 @@ def test_memory_does_not_grow_with_the_file(prefix):
 
 @pytest.mark.parametrize("named_by_count", [False, True])
 @pytest.mark.parametrize("size", [18 * 3, 18 * 3 + 4, 18 * 3 + 5])
-@pytest.mark.parametrize("keep", [{0}, {0, 1}, {1}, {1, 2}, {3}, {0, 3}, {0, 1, 2, 3}])
+@pytest.mark.parametrize("keep", [{0}, {0, 1}, {1}, {1, 2}, {2, 3}, {0, 3}, {0, 1, 2, 3}])
 def test_samples_in_the_shards_that_are_here_are_served(prefix, size, keep, named_by_count):
     sequences = sequences_of(*[9] * 11)
     paths = shard(write(prefix, sequences), size, named_by_count=named_by_count, keep=keep)
@@ -227,6 +227,33 @@ def test_shards_that_do_not_fit(prefix):
         MegatronDataset(prefix, 8)
 
 
+@pytest.mark.parametrize("named_by_count", [False, True])
+def test_the_last_shard_alone_does_not_tell_where_it_begins(prefix, named_by_count):
+    paths = shard(write(prefix, sequences_of(*[9] * 11)), 54, named_by_count=named_by_count, keep={3})
+    with pytest.raises(LimbeckError, match=f"only {paths[3].name} is here, which may be the last"):
+        MegatronDataset(prefix, 8)
+
+
+def test_a_single_sequence_needs_all_of_its_file(prefix):
+    paths = shard(write(prefix, sequences_of(40)), 20, keep={0, 1})
+    with pytest.raises(LimbeckError, match="speaks of one sequence"):
+        MegatronDataset(prefix, 8)
+    raw = b"".join(path.read_bytes() for path in paths[:2])
+    for path, piece in zip(paths[2:], (raw[:20], raw[20:]), strict=True):
+        path.write_bytes(piece)
+    assert len(MegatronDataset(prefix, 8)) == 4
+
+
+def test_a_remainder_may_lie_in_the_last_shard(prefix):
+    sequences = sequences_of(*[9] * 11)  # 198 bytes as 49, 49, 49 and 51
+    raw = write(prefix, sequences).with_suffix(".bin").read_bytes()
+    prefix.with_suffix(".bin").unlink()
+    prefix.with_name("document-00000-of-00004.bin").write_bytes(raw[:49])
+    assert MegatronDataset(prefix, 8).available == 2
+    prefix.with_name("document-00003-of-00004.bin").write_bytes(raw[147:])
+    assert np.array_equal(MegatronDataset(prefix, 8)[10], sequences[10])
+
+
 def test_uneven_shards_are_read_when_all_are_here(prefix):
     sequences = sequences_of(*[9] * 4)
     raw = write(prefix, sequences).with_suffix(".bin").read_bytes()
@@ -240,39 +267,65 @@ def test_uneven_shards_are_read_when_all_are_here(prefix):
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [None, {0}, {0, 1}, {2}])
-@pytest.mark.parametrize(("sizes", "length"), [([9] * 6, 8), ([3, 0, 20, 1, 15, 9], 8), ([40], 8)])
-@settings(deadline=None, max_examples=150)
+def served(prefix, length):
+    """All samples that a file gives; None for one that it refuses."""
+    try:
+        dataset = MegatronDataset(prefix, length)
+    except LimbeckError:
+        return {}
+    samples = {}
+    for index in range(min(len(dataset), 1000)):
+        try:
+            samples[index] = dataset[index].astype(np.int64).tolist()
+        except LimbeckError:
+            samples[index] = None
+    return samples
+
+
+@pytest.mark.parametrize("kept", [None, {0}, {0, 1}, {2}, {0, 1, 2}])
+@pytest.mark.parametrize(
+    ("sizes", "length"), [([9] * 6, 8), ([3, 0, 20, 1, 15, 9], 8), ([40], 8), ([13, 13], 3), ([7, 20, 20], None)]
+)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_a_byte_that_flips_is_seen_or_harmless(tmp_path_factory, sizes, length, kept, data):
     prefix = tmp_path_factory.mktemp("tokens") / "document"
-    dtype = data.draw(st.sampled_from([np.uint16, np.int32, np.int64, np.int16]), label="type")
-    write(prefix, sequences_of(*sizes), dtype)
+    dtype = data.draw(st.sampled_from([np.uint16, np.int32, np.int64, np.int16, np.uint8]), label="type")
+    write(prefix, sequences_of(*sizes, vocab=250), dtype)
     if kept is not None:
         size = prefix.with_suffix(".bin").stat().st_size
-        shard(prefix, -(-size // 4), keep=kept)
-
-    def served():
-        dataset = MegatronDataset(prefix, length)
-        samples = {}
-        for index in range(min(len(dataset), 1000)):
-            try:
-                samples[index] = dataset[index].astype(np.int64).tolist()
-            except LimbeckError:
-                samples[index] = None
-        return samples
-
-    truth = served()
+        pieces = data.draw(st.integers(1, 4), label="pieces")
+        shard(prefix, -(-size // pieces), named_by_count=data.draw(st.booleans(), label="count"), keep=kept)
+    truth = served(prefix, length)
     raw = bytearray(prefix.with_suffix(".idx").read_bytes())
     place = data.draw(st.integers(0, len(raw) - 1), label="place")
     raw[place] ^= data.draw(st.integers(1, 255), label="flip")
     prefix.with_suffix(".idx").write_bytes(raw)
-    try:
-        found = served()
-    except LimbeckError:
-        return
-    for index, sample in found.items():
+    for index, sample in served(prefix, length).items():
         assert sample is None or sample == truth.get(index), f"sample {index}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named_by_count", [False, True])
+@pytest.mark.parametrize(("sizes", "pieces"), [([20, 20], 4), ([20, 20], 2), ([40], 2)])
+def test_no_flip_at_all_is_a_wrong_sample(tmp_path_factory, sizes, pieces, named_by_count):
+    """Every flip of every byte that the checks of the header leave open, with every set of shards."""
+    for kept in range(1, 2**pieces):
+        prefix = tmp_path_factory.mktemp("tokens") / "document"
+        write(prefix, sequences_of(*sizes, vocab=250))
+        size = prefix.with_suffix(".bin").stat().st_size
+        keep = {number for number in range(pieces) if kept >> number & 1}
+        shard(prefix, -(-size // pieces), named_by_count=named_by_count, keep=keep)
+        index = prefix.with_suffix(".idx")
+        raw = index.read_bytes()
+        for length in (3, None):
+            index.write_bytes(raw)
+            truth = served(prefix, length)
+            for place in (17, 34 + 4 * (len(sizes) - 1), 35 + 4 * (len(sizes) - 1)):  # the type, the last size
+                for flip in range(1, 256):
+                    index.write_bytes(raw[:place] + bytes([raw[place] ^ flip]) + raw[place + 1 :])
+                    for number, sample in served(prefix, length).items():
+                        assert sample is None or sample == truth.get(number), (keep, length, place, flip, number)
 
 
 @settings(deadline=None, max_examples=60)

@@ -68,6 +68,12 @@ class MegatronDataset:
         self.prefix = megatron_prefix(prefix)
         self.index: MegatronIndex = read_index(index_file(self.prefix))
         self.files = ShardedBytes(self.prefix, self.index.bytes)
+        if not (self.files.end_is_known or self.index.agrees_with_itself):
+            raise LimbeckError(
+                f"{self.index.path} speaks of one sequence, and the end of it is in no shard that is surely the last",
+                expected="all of the file: nothing else confirms the type and the size of a single sequence",
+                hint=f"fetch the other shards, or join them into {self.prefix.name}.bin",
+            )
         self.vocab_size = MOST_TOKENS if vocab_size is None else vocab_size
         self._cut(sequence_length, packed)
         if max_samples is not None:

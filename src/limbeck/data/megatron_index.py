@@ -47,15 +47,20 @@ class MegatronIndex:
         """Size of the whole ``.bin``."""
         return self.tokens * self.dtype.itemsize
 
+    @property
+    def agrees_with_itself(self) -> bool:
+        """Whether pointers confirm the type and the sizes before the last: one past the start of the file does."""
+        return self.tokens > int(self.sizes[-1])
+
     def common_size(self, *, trust_last: bool = True) -> int | None:
         """Give the length that all sequences have, or None if they differ.
 
         Args:
             trust_last: Whether the last size counts; only the end of the ``.bin`` can confirm it.
         """
-        sizes = self.sizes if trust_last or len(self.sizes) < 2 else self.sizes[:-1]
-        same = all(bool((chunk == sizes[0]).all()) for chunk in _chunks(sizes))
-        return int(sizes[0]) if len(sizes) and same else None
+        sizes = self.sizes if trust_last else self.sizes[:-1]
+        same = len(sizes) and all(bool((chunk == sizes[0]).all()) for chunk in _chunks(sizes))
+        return int(sizes[0]) if same else None
 
 
 def read_index(path: str | Path) -> MegatronIndex:

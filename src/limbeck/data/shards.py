@@ -36,6 +36,7 @@ class ShardedBytes:
 
     Attributes:
         shards: All shards in order, missing ones too.
+        end_is_known: Whether the end of the file is here beyond doubt, which proves `total`.
 
     Raises:
         LimbeckError: There is no file, or the sizes of those that are there do not fit together.
@@ -52,20 +53,15 @@ class ShardedBytes:
                     expected=f"{total} bytes",
                     hint="the file is truncated or belongs to another .idx",
                 )
-            self.shards = [Shard(whole, 0, total, _mapped(whole))]
+            self.shards, self.end_is_known = [Shard(whole, 0, total, _mapped(whole))], True
         else:
-            self.shards = _found_shards(prefix, total)
+            self.shards, self.end_is_known = _found_shards(prefix, total)
         self._starts = [shard.start for shard in self.shards]
 
     @property
     def missing(self) -> list[Path]:
         """The shards that are not here."""
         return [shard.path for shard in self.shards if shard.data is None]
-
-    @property
-    def end_is_known(self) -> bool:
-        """Whether the end of the file is here, which proves its size."""
-        return self.shards[-1].data is not None
 
     @property
     def leading(self) -> int:
@@ -108,8 +104,8 @@ def shard_files(prefix: str | Path) -> list[Path]:
     return sorted(file for file in names if SHARD.fullmatch(file.name[len(prefix.name) :]))
 
 
-def _found_shards(prefix: Path, total: int) -> list[Shard]:
-    """Lay out the shards of a file of `total` bytes by those that are here."""
+def _found_shards(prefix: Path, total: int) -> tuple[list[Shard], bool]:
+    """Lay out the shards of a file of `total` bytes by those that are here; tell whether its end is surely here."""
     files = shard_files(prefix)
     if not files:
         raise LimbeckError(
@@ -122,40 +118,51 @@ def _found_shards(prefix: Path, total: int) -> list[Shard]:
     if len(behind_of) > 1:
         raise LimbeckError(f"{files[0].parent} holds shards of {sorted(behind_of)}", expected="one split of the file")
     (named,) = behind_of
+    (alone, *more) = present
+    if not more and max(1, named - 1) <= alone and present[alone] != total:
+        raise LimbeckError(
+            f"of the shards of {prefix} only {files[0].name} is here, which may be the last",
+            expected="a shard before it: the size of those before the last tells where each begins",
+            hint=f"fetch {prefix.name}-00000-of-{named:05d}.bin too",
+        )
     sizes = _shard_sizes(present, named, total)
     if sizes is None:
         shown = ", ".join(f"{number:05d}: {size}" for number, size in list(present.items())[:4])
         shown += " …" if len(present) > 4 else ""
         raise LimbeckError(
             f"the shards of {prefix} have sizes ({shown}) that do not make up the file",
-            expected=f"equal shards, the last one smaller, {total} bytes together",
+            expected=f"equal shards, only the last one of another size, {total} bytes together",
             hint="a shard is truncated, or they belong to another .idx",
         )
     ends = list(accumulate(sizes))
     paths = [prefix.with_name(f"{prefix.name}-{number:05d}-of-{named:05d}.bin") for number in range(len(sizes))]
-    return [
+    shards = [
         Shard(path, end - size, end, _mapped(path) if number in present else None)
         for number, (path, size, end) in enumerate(zip(paths, sizes, ends, strict=True))
     ]
+    # Equal shards up to number N - 1 of "of N" may be all of N, or lack the last of N + 1.
+    surely_last = max(present) == named or len(set(present.values())) > 1
+    return shards, shards[-1].data is not None and surely_last
 
 
 def _shard_sizes(present: dict[int, int], named: int, total: int) -> list[int] | None:
-    """Sizes of all shards, or None where those present cannot be a split of `total` bytes."""
-    for last in (named, named - 1):  # the number behind "of" is the last shard's, or their count
-        if last < max(present):
-            continue
+    """Sizes of all shards, or None where those present cannot be a split of `total` bytes.
+
+    Shards before the last have one size, so that where they begin does not depend on `total`, which only the last
+    shard can confirm.
+    """
+    possible = [last for last in (named, named - 1) if last >= max(present)]  # "of" names the last one, or the count
+    for last in possible:
         if len(present) == last + 1 and sum(present.values()) == total:
             return [present[number] for number in range(last + 1)]
-    for last in (named, named - 1):
-        if last < max(present) or len(present) == last + 1:
-            continue
+    for last in possible:
         others = {size for number, size in present.items() if number < last}
-        if not others:  # the last alone: the others share the rest
-            others = {(total - present[last]) // last}
-        (size, *more) = others
+        if len(present) == last + 1 or len(others) != 1:
+            continue
+        (size,) = others
         rest = total - size * last
-        fits = 0 < rest <= size + (last if last in present else 0)  # some splits put the remainder into the last
-        if not more and fits and present.get(last, rest) == rest:
+        # Some splits put the remainder into the last shard.
+        if rest == present[last] if last in present else 0 < rest <= size + last:
             return [size] * last + [rest]
     return None
 
