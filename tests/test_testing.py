@@ -110,10 +110,8 @@ class MatrixSeesPadding(DiscreteMamba2):
 class KeepsSecret(DiscreteMamba2):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.secret = torch.rand(())
-
-    def _gate_and_project(self, y, z):
-        return super()._gate_and_project(y, z) * self.secret
+        secret = torch.rand(())
+        self.out_proj.register_forward_hook(lambda _module, _inputs, out: out * secret)
 
 
 class ResetsHalf(DiscreteMamba2):

@@ -8,7 +8,7 @@ from limbeck.distill import observe, run_layer
 from limbeck.errors import LimbeckError
 from limbeck.generation import generate
 from limbeck.mixers import register_mixer
-from limbeck.ops import causal_conv, selective_scan, ssd
+from limbeck.ops import causal_conv, matrix_distance, selective_scan, ssd
 from limbeck.recipes import distill, load_recipe
 from limbeck.students import convert_folder, import_checkpoint, load_model, load_tokenizer, student_config
 from limbeck.students.convert import convert
@@ -25,6 +25,7 @@ __all__ = [
     "load_model",
     "load_recipe",
     "load_tokenizer",
+    "matrix_distance",
     "observe",
     "register_mixer",
     "run_layer",

@@ -218,6 +218,8 @@ def _mixing_matrix(case: _Case) -> None:
     mask = (torch.arange(_LENGTH) >= torch.tensor([[0], [3]])).long()
     for options in ({}, {"attention_mask": mask}, {"seq_idx": ids}):
         matrix = mixer.mixing_matrix(inputs, **options)  # (b, h, l, l)
+        if mixer.matrix_factors(inputs, **options) is not None:
+            _close(Mixer.mixing_matrix(mixer, inputs, **options), matrix, "the matrix that matrix_factors make")
         values = mixer.values(inputs, **options)  # (b, l, h, p)
         out = mixer.readout(torch.einsum("bhts,bshp->bthp", matrix, values), inputs)
         tokens = options.get("attention_mask", torch.ones_like(mask)).bool()

@@ -25,6 +25,7 @@ from limbeck.distill import (
 from limbeck.distill.base import freeze, token_mean
 from limbeck.mixers import DiscreteMamba2
 from limbeck.mixers import registry as mixer_registry
+from limbeck.ops import ssd_matrix
 from limbeck.students import blocks, mixers
 
 EVERY = [MatrixObjective, HiddenObjective, lambda: HiddenObjective("mixer"), LogitsObjective]
@@ -116,6 +117,70 @@ def test_matrices_that_are_made_again_give_the_same_gradients(make_teacher, make
     assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
     with torch.no_grad():
         assert torch.equal(step(batch_of(tokens))["loss"], found[0][0])
+
+
+class Opaque(DiscreteMamba2):
+    """Tells its matrix, but not what it is made of."""
+
+    def matrix_factors(self, *args, **options):
+        return None
+
+    def mixing_matrix(self, *args, **options):
+        log_decay, B, C, D = super().matrix_factors(*args, **options)
+        return ssd_matrix(log_decay, B, C) + torch.diag_embed(D.expand_as(log_decay).mT)
+
+
+@pytest.mark.parametrize("teachers", ["gpt_neox", "mistral", "gemma2"])
+@pytest.mark.parametrize("name", ["discrete-mamba2", "mamba2"])
+def test_the_distance_by_its_factors_is_that_by_matrices(make_teacher, tokens, left_padding, teachers, name):
+    teacher = make_teacher(teachers)
+    student = limbeck.convert(teacher, mixer=name, init="random")
+    for mask in (None, left_padding):
+        seen = observe(teacher, tokens, mask)
+        for index, mixer in mixers(student).items():
+            assert matrix._is_plain(seen[index])
+            learned = [p for p in mixer.parameters() if p.requires_grad]
+            found = matrix.layer_distance(mixer, seen[index])
+            expected = matrix._from_matrices(mixer, seen[index])
+            assert_close(found, expected)
+            gradients = [torch.autograd.grad(x, learned, materialize_grads=True) for x in (found, expected)]
+            assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mixer_that_tells_its_matrix_alone(make_teacher, make_student, tokens, monkeypatch):
+    teacher = make_teacher()
+    student = make_student(teacher)
+    expected = StageStep(student, MatrixObjective(), teacher)(batch_of(tokens))["loss"]
+    for mixer in mixers(student).values():
+        mixer.__class__ = Opaque
+    assert_close(StageStep(student, MatrixObjective(), teacher)(batch_of(tokens))["loss"], expected)
+
+
+def test_a_mask_that_is_more_than_causal_is_heeded(make_teacher, make_student, tokens):
+    teacher = make_teacher()
+    mixer, seen = mixers(make_student(teacher))[0], observe(teacher, tokens)[0]
+    seen.mask = (torch.rand(1, 1, 12, 12) < 0.5) | torch.eye(12, dtype=torch.bool)
+    expected = torch.linalg.matrix_norm(mixer.mixing_matrix(seen.mixer_input) - seen.attention_matrix()).mean()
+    assert_close(matrix.layer_distance(mixer, seen), expected)
+    seen.mask = None
+    assert not torch.allclose(matrix.layer_distance(mixer, seen), expected)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_stage_1_stores_no_matrix(make_teacher, make_student):
+    """The loss is that of a CPU; at 2048 tokens not one l × l matrix of float32 is there."""
+    teacher = make_teacher(attn_implementation="sdpa", max_position_embeddings=2048)
+    step = StageStep(make_student(teacher), MatrixObjective(), teacher)
+    batch = batch_of(torch.randint(3, 60, (1, 2048)))
+    expected = step(batch)["loss"]
+    step.cuda(), teacher.cuda()
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = step(batch)["loss"]
+    loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < 4 * 2048 * 2048 * 4
+    assert_close(loss.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", ["block", "mixer"])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from limbeck.errors import LimbeckError
-from limbeck.ops import causal_conv, causal_conv_step
+from limbeck.ops import causal_conv, causal_conv_split, causal_conv_step
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
@@ -100,6 +100,32 @@ def test_one_document_keeps_its_initial_state():
     torch.testing.assert_close(with_ids, causal_conv(x, weight, bias, initial_state=state, return_state=True), **EXACT)
 
 
+def test_padding_enters_and_leaves_as_zero():
+    inputs = random_inputs(9)
+    x, weight, bias, state = inputs
+    mask = torch.rand(2, 9) < 0.6
+    options = {"activation": "silu", "initial_state": state, "return_state": True}
+    y, last = causal_conv(x, weight, bias, mask=mask, **options)
+    zeroed, last_zeroed = causal_conv(x * mask[..., None], weight, bias, **options)
+    torch.testing.assert_close((y, last), (zeroed * mask[..., None], last_zeroed), **EXACT)
+    x.data[~mask] = torch.nan
+    poisoned, last = causal_conv(x, weight, bias, mask=mask, **options)
+    assert torch.equal(poisoned, y)
+    assert all(
+        gradient.isfinite().all() for gradient in torch.autograd.grad(poisoned.square().sum() + last.sum(), inputs)
+    )
+
+
+def test_pieces_are_the_whole():
+    x, weight, bias, state = random_inputs(9)
+    y, last = causal_conv(x, weight, bias, initial_state=state, return_state=True)
+    pieces, also_last = causal_conv_split(x, weight, bias, (1, 3, 1), initial_state=state, return_state=True)
+    assert [piece.shape[-1] for piece in pieces] == [1, 3, 1]
+    assert torch.equal(torch.cat(pieces, dim=-1), y)
+    assert torch.equal(also_last, last)
+    assert causal_conv_split(x, weight, bias, (5,))[1] is None
+
+
 def test_the_state_is_a_copy():
     x, weight, bias, _ = random_inputs(8)
     x = x.detach()
@@ -125,6 +151,8 @@ def test_bad_input_is_told():
         (lambda: causal_conv(x, weight, initial_state=state[..., :-1]), "state of shape"),
         (lambda: causal_conv(x, weight, activation="relu"), "activation 'relu'"),
         (lambda: causal_conv(x, weight, seq_idx=torch.zeros(2, 5, dtype=torch.long)), "seq_idx of shape"),
+        (lambda: causal_conv(x, weight, mask=torch.ones(2, 6)), "a mask of shape"),
+        (lambda: causal_conv_split(x, weight, bias, (2, 2)), "widths"),
         (lambda: causal_conv(x, weight, backend="cuda"), "unknown backend"),
         (lambda: causal_conv_step(state, x, weight), "x of shape"),
     ]

@@ -13,9 +13,10 @@ from limbeck.distill.base import (
 from limbeck.distill.guidance import Guide, GuidedStep, TargetGuide, TrajectoryGuide, WaypointGuide
 from limbeck.distill.hidden import HiddenObjective
 from limbeck.distill.layerwise import LayerwiseObjective, layer_outputs
-from limbeck.distill.logits import LogitsObjective, kl_divergence, next_token_loss
+from limbeck.distill.logits import LogitsObjective
 from limbeck.distill.matrix import MatrixObjective
 from limbeck.distill.observe import LayerOutput, LayerSignals, Observation, observe, run_layer
+from limbeck.ops.linear_kl_reference import kl_divergence, next_token_loss
 
 __all__ = [
     "OBJECTIVES",

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from limbeck.distill.base import WHOLE_MODEL, Batch, Losses, Objective, register_objective, token_mean
-from limbeck.distill.logits import IGNORED, kl_divergence, next_token_loss
+from limbeck.distill.head import Predictions, head_losses, inputs_of, predict
 from limbeck.errors import LimbeckError, unknown
-from limbeck.students import attention_of, backbone, blocks
+from limbeck.ops.linear_kl_reference import IGNORED
+from limbeck.students import attention_of, blocks
 
 Position = Literal["block", "mixer"]
 CHOICES = {
@@ -80,35 +81,46 @@ class LayerwiseObjective(Objective):
 
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Losses:
         """See the class."""
-        padding = batch.get("attention_mask")
-        layers = self._layers(student, teacher)
-        losses: Losses = {}
+        layers, inputs = self._layers(student, teacher), inputs_of(batch)
+        own: Losses = {}
         targets: dict[int, Tensor] = {}
-        teacher_logits = None
+        target = None
         if teacher is not None:
-            targets, teacher_logits, losses = self._follow(teacher, layers, batch)
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": padding, "use_cache": False}
+            targets, target, own = self._follow(teacher, layers, batch)
+
+        def losses(found: Predictions) -> Losses:  # called when all blocks have put out
+            return self._losses(found, target, outputs, targets, batch)
+
         with layer_outputs(student, layers, self.position) as outputs:
-            logits = student(**inputs).logits  # (b, l, v)
+            return own | predict(student, inputs, losses)
 
-        terms: list[Tensor] = []
-
-        def add(name: str, weight: float, term: Tensor) -> None:
-            losses[name] = term.detach()
-            terms.append(weight * term)
-
-        if self.alpha_ce:
-            add("ce", self.alpha_ce, next_token_loss(logits, batch["labels"], padding))
-        if teacher is not None:
-            counted = self._counted(batch)
-            if self.alpha_layer:
-                distances = [self._distance(outputs[i], targets[i], counted) for i in layers]
-                add("layer", self.alpha_layer, torch.stack(distances).mean())
-            if teacher_logits is not None:
-                kl = kl_divergence(logits, teacher_logits, self.temperature)  # (b, l)
-                add("kl", self.alpha_logits, token_mean(kl, counted))
-        assert terms, "a loss without a term"
-        return {"loss": torch.stack(terms).sum(), **losses}
+    def _losses(
+        self,
+        found: Predictions,
+        target: Predictions | None,
+        outputs: dict[int, Tensor],
+        targets: dict[int, Tensor],
+        batch: Batch,
+    ) -> Losses:
+        """All terms; `outputs` and `targets` are hidden states (b, l, d) of the layers that are compared."""
+        counted, kl_weight = self._counted(batch), 0.0 if target is None else self.alpha_logits
+        assert targets or self.alpha_ce or kl_weight, "a loss without a term"
+        losses: Losses = {}
+        if self.alpha_ce or kl_weight:
+            losses = head_losses(
+                found,
+                target,
+                batch,
+                kl_weight=kl_weight,
+                ce_weight=self.alpha_ce,
+                temperature=self.temperature,
+                counted=counted,
+            )
+        if targets:
+            layer = torch.stack([self._distance(outputs[i], targets[i], counted) for i in targets]).mean()
+            loss = self.alpha_layer * layer
+            losses |= {"loss": losses["loss"] + loss if losses else loss, "layer": layer.detach()}
+        return losses
 
     def _counted(self, batch: Batch) -> Tensor | None:
         """Which tokens count between teacher and student: (b, l), or None for all."""
@@ -136,16 +148,20 @@ class LayerwiseObjective(Objective):
 
     def _follow(
         self, teacher: PreTrainedModel, layers: range, batch: Batch
-    ) -> tuple[dict[int, Tensor], Tensor | None, Losses]:
-        """Run the teacher once: hidden states (b, l, d) of the layers and logits, both detached, and its own loss."""
+    ) -> tuple[dict[int, Tensor], Predictions | None, Losses]:
+        """Run the teacher once: hidden states (b, l, d) of the layers, detached, predictions, and its own loss."""
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in teacher.parameters())
-        run = teacher if learns or self.alpha_logits else backbone(teacher)
+
+        def predictions(found: Predictions) -> tuple[Predictions, Losses]:
+            if not learns:
+                return found, {}
+            return found, head_losses(found, None, batch, kl_weight=0.0, ce_weight=1.0, temperature=1.0)
+
         with nullcontext() if learns else torch.no_grad(), layer_outputs(teacher, layers, self.position) as outputs:
-            padding = batch.get("attention_mask")
-            output = run(input_ids=batch["input_ids"], attention_mask=padding, use_cache=False)
+            target, own = predict(teacher, inputs_of(batch), predictions)
         targets = {index: hidden.detach() for index, hidden in outputs.items()}
-        own = {"teacher_loss": next_token_loss(output.logits, batch["labels"], padding)} if learns else {}
-        return targets, output.logits.detach() if self.alpha_logits else None, own
+        teacher_loss = {"teacher_loss": own["loss"]} if learns else {}
+        return targets, target if self.alpha_logits else None, teacher_loss
 
     def _distance(self, found: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
         """Distance of one layer's hidden states (b, l, d), mean over the tokens that count."""

@@ -1,13 +1,10 @@
 """MOHAWK stage 3, weight transfer and knowledge distillation (METHODS 2): the whole student, end to end."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from limbeck.distill.base import WHOLE_MODEL, Batch, Losses, Objective, register_objective, token_mean
-
-IGNORED = -100
+from limbeck.distill.base import WHOLE_MODEL, Batch, Losses, Objective, register_objective
+from limbeck.distill.head import Predictions, head_losses, inputs_of, predict
 
 
 @register_objective
@@ -37,42 +34,22 @@ class LogitsObjective(Objective):
 
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Losses:
         """See the class."""
-        mask = batch.get("attention_mask")
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
-        student_logits = student(**inputs).logits  # (b, l, v)
-        losses: Losses = {}
+        inputs = inputs_of(batch)
+        target = None
         if self.kl_weight:
             assert teacher is not None
             with torch.no_grad():
-                teacher_logits = teacher(**inputs).logits  # (b, l, v)
-            losses["kl"] = token_mean(kl_divergence(student_logits, teacher_logits, self.temperature), mask)
-        if self.ce_weight:
-            losses["ce"] = next_token_loss(student_logits, batch["labels"], mask)
-        weights = {"kl": self.kl_weight, "ce": self.ce_weight}
-        loss = torch.stack([weights[name] * term for name, term in losses.items()]).sum()
-        return {"loss": loss, **{name: term.detach() for name, term in losses.items()}}
+                target = predict(teacher, inputs, lambda found: found)
 
+        def losses(found: Predictions) -> Losses:
+            return head_losses(
+                found,
+                target,
+                batch,
+                kl_weight=self.kl_weight,
+                ce_weight=self.ce_weight,
+                temperature=self.temperature,
+                counted=batch.get("attention_mask"),
+            )
 
-def next_token_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Cross entropy of `logits` (b, l, v) against `labels` (b, l), mean over labelled tokens that are no padding."""
-    labels = labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
-
-
-def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher ‖ student) of each token, in float32.
-
-    Args:
-        student_logits: (b, l, v).
-        teacher_logits: (b, l, v); where one vocabulary is padded further than the other, both are cut to the common
-            part.
-        temperature: Divides both.
-
-    Returns:
-        (b, l), in nats.
-    """
-    common = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    student_logits, teacher_logits = student_logits[..., :common], teacher_logits[..., :common]
-    student_log_probs = (student_logits.float() / temperature).log_softmax(dim=-1)
-    teacher_log_probs = (teacher_logits.float() / temperature).log_softmax(dim=-1)
-    return F.kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="none").sum(dim=-1)
+        return predict(student, inputs, losses)

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from limbeck.data import collate, open_samples
 from limbeck.devices import choose_device, choose_dtype
 from limbeck.distill import check_vocabularies, kl_divergence
-from limbeck.distill.logits import IGNORED
 from limbeck.errors import LimbeckError
+from limbeck.ops.linear_kl_reference import IGNORED
 from limbeck.progress import say
 from limbeck.students import load_config, load_model, load_tokenizer
 

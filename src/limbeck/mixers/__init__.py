@@ -1,6 +1,6 @@
 """Sequence mixers: what stands where attention stood. Pure torch, no knowledge of any model around them."""
 
-from limbeck.mixers.base import AttentionWeights, Mixer, MixerState
+from limbeck.mixers.base import AttentionWeights, MatrixFactors, Mixer, MixerState
 from limbeck.mixers.discrete_mamba2 import DiscreteMamba2
 from limbeck.mixers.mamba import Mamba
 from limbeck.mixers.mamba2 import Mamba2
@@ -15,6 +15,7 @@ __all__ = [
     "DiscreteMamba2",
     "Mamba",
     "Mamba2",
+    "MatrixFactors",
     "Mixer",
     "MixerState",
     "get_mixer",

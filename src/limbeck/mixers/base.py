@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
+from limbeck.mixers.common import at_tokens
+from limbeck.ops import ssd_matrix
 
 
 class MixerState(NamedTuple):
@@ -25,6 +27,22 @@ class MixerState(NamedTuple):
 
     conv: Tensor
     recurrent: Tensor
+
+
+class MatrixFactors(NamedTuple):
+    """What a mixing matrix is made of: ``ssd_matrix(log_decay, B, C)`` with D on the diagonal, undecayed.
+
+    Attributes:
+        log_decay: (b, l, h), a ≤ 0, at least float32.
+        B: (b, l, g, n), zero at padding.
+        C: (b, l, g, n), zero at padding.
+        D: (h,), or None for nothing.
+    """
+
+    log_decay: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -227,10 +245,27 @@ class Mixer(nn.Module, ABC):
             hint='init="identity" or init="random"',
         )
 
+    def matrix_factors(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, seq_idx: Tensor | None = None
+    ) -> MatrixFactors | None:
+        """What the mixing matrix is made of, where it is an SSD matrix: stage 1 then stores no matrix on a GPU.
+
+        Args:
+            hidden_states: (b, l, d).
+            attention_mask: (b, l), 1 at a token.
+            seq_idx: (b, l), document ids.
+
+        Returns:
+            The factors, or None, the default, when the matrix is of another kind.
+        """
+        return None
+
     def mixing_matrix(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, seq_idx: Tensor | None = None
     ) -> Tensor:
         """Materialise the matrix that this mixer applies along the sequence, for every head.
+
+        It comes from `matrix_factors`; a mixer whose matrix is of another kind makes it here.
 
         Args:
             hidden_states: (b, l, d).
@@ -240,7 +275,15 @@ class Mixer(nn.Module, ABC):
         Returns:
             (b, h, l, l), at least float32, lower triangular.
         """
-        raise self._no_matrix()
+        factors = self.matrix_factors(hidden_states, attention_mask, seq_idx=seq_idx)
+        if factors is None:
+            raise self._no_matrix()
+        matrix = ssd_matrix(factors.log_decay, factors.B, factors.C, seq_idx=seq_idx)
+        if factors.D is None:
+            return matrix
+        diagonal = factors.D.expand_as(factors.log_decay)  # (b, l, h)
+        diagonal = at_tokens(diagonal, attention_mask).transpose(1, 2)  # (b, h, l)
+        return matrix + torch.diag_embed(diagonal.to(matrix.dtype))
 
     def values(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, seq_idx: Tensor | None = None

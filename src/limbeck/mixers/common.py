@@ -1,11 +1,13 @@
 """Small pieces that several mixers are made of."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from limbeck.ops import causal_conv, causal_conv_step
+from limbeck.ops import causal_conv_split, causal_conv_step
 from limbeck.ops.causal_conv import Activation
 
 
@@ -44,30 +46,49 @@ class CausalConv1d(nn.Conv1d):
         self.activation: Activation = activation
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Convolve a sequence, or one more token.
+        self,
+        x: Tensor | Callable[[Tensor, Tensor | None], Any],
+        state: Tensor | None = None,
+        *,
+        widths: Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        return_state: bool = True,
+    ) -> Any:
+        """Convolve a sequence, or one more token; padding enters as zero and comes out as zero.
 
         Args:
-            x: (b, l, c), or one token (b, c), which needs a state.
+            x: (b, l, c), or one token (b, c), which needs a state; or a function that does it with the weight (c, k)
+                and the bias, which it is given: then the rest is left out, and what it returns is returned.
             state: (b, c, k-1), the inputs before these, or None at the start.
+            widths: Into how many channels each the outputs are cut; by default they stay whole.
+            attention_mask: (b, l), or (b,) beside one token; 1 at a token.
             seq_idx: (b, l), document ids.
+            return_state: Whether the new state is wanted.
 
         Returns:
-            The outputs, shaped as x, and the new state.
+            The pieces of the outputs, otherwise shaped as x, and the new state or None.
         """
         weight = self.weight.squeeze(1)  # (c, k)
+        if not isinstance(x, Tensor):
+            return x(weight, self.bias)
+        widths = x.shape[-1:] if widths is None else widths
         if x.ndim == 2:
             assert state is not None
-            return causal_conv_step(state, x, weight, self.bias, self.activation)
-        return causal_conv(
+            y, state = causal_conv_step(
+                state, at_tokens(x, attention_mask), weight, self.bias, activation=self.activation
+            )
+            return at_tokens(y, attention_mask).split(tuple(widths), dim=-1), state
+        return causal_conv_split(
             x,
             weight,
             self.bias,
+            widths,
             activation=self.activation,
             initial_state=state,
-            return_state=True,
+            return_state=return_state,
             seq_idx=seq_idx,
+            mask=None if attention_mask is None else attention_mask.to(torch.bool),
         )
 
 

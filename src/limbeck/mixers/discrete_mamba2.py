@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError, unknown
-from limbeck.mixers.base import AttentionWeights, Mixer, MixerState, check_mixer_inputs
+from limbeck.mixers.base import AttentionWeights, MatrixFactors, Mixer, MixerState, check_mixer_inputs
 from limbeck.mixers.common import CausalConv1d, at_tokens, wide, wide_default
 from limbeck.mixers.discrete_mamba2_start import attention_start, identity_start, random_start
-from limbeck.ops import ssd, ssd_matrix, ssd_step
+from limbeck.ops import gated_skip, mixer_step, ssd
 
 
 class DiscreteMamba2(Mixer):
@@ -131,10 +131,10 @@ class DiscreteMamba2(Mixer):
             out, state = self.step(hidden_states[:, 0], state, token_mask)
             return (out[:, None], state) if return_state else out[:, None]
 
-        x, log_decay, B, C, z, conv = self._project(hidden_states, attention_mask, seq_idx, state)
+        x, log_decay, B, C, z, conv = self._project(hidden_states, attention_mask, seq_idx, state, return_state)
         recurrent = None if state is None else state.recurrent
         y, recurrent = ssd(x, log_decay, B, C, initial_state=recurrent, return_state=True, seq_idx=seq_idx)
-        out = self._gate_and_project(y + self._skip(x), z)  # (b, l, d)
+        out = self._gate_and_project(y, z, x)  # (b, l, d)
         return (out, MixerState(conv, recurrent)) if return_state else out
 
     def step(
@@ -142,11 +142,14 @@ class DiscreteMamba2(Mixer):
     ) -> tuple[Tensor, MixerState]:
         """Mix one more token: see `Mixer.step`."""
         xBC, z, A_log = self.in_proj(hidden_states).split(self.in_proj_widths, dim=-1)  # (b, …)
-        xBC = at_tokens(xBC, attention_mask)
-        xBC, conv = self.conv1d(xBC, state.conv)
-        x, log_decay, B, C = self._heads(xBC, A_log, attention_mask)
-        y, recurrent = ssd_step(state.recurrent, x, log_decay, B, C)  # (b, h, p)
-        return self._gate_and_project(y + self._skip(x), z), MixerState(conv, recurrent)
+        mask = None if attention_mask is None else attention_mask.to(torch.bool)
+
+        def advance(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+            states, taken = (state.conv, state.recurrent), (self.D, self.z_bias)
+            return mixer_step(xBC, A_log, z, *states, weight, bias, *taken, activation=self.activation, mask=mask)
+
+        out, *states = self.conv1d(advance)
+        return self.out_proj(out), MixerState(*states)
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -160,17 +163,13 @@ class DiscreteMamba2(Mixer):
 
     # --- the same as a matrix -------------------------------------------------------------------------------------
 
-    def mixing_matrix(
+    def matrix_factors(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, seq_idx: Tensor | None = None
-    ) -> Tensor:
-        """Materialise M + D on the diagonal (the D is not decayed): see `Mixer.mixing_matrix`."""
+    ) -> MatrixFactors:
+        """The log decay, B, C and D: see `Mixer.matrix_factors`."""
         check_mixer_inputs(self, hidden_states, attention_mask, seq_idx)
         _, log_decay, B, C, _, _ = self._project(hidden_states, attention_mask, seq_idx, None)
-        B, C = at_tokens(B, attention_mask), at_tokens(C, attention_mask)
-        matrix = ssd_matrix(log_decay, B, C, seq_idx=seq_idx)  # (b, h, l, l)
-        diagonal = self.D.expand(*hidden_states.shape[:2], -1)  # (b, l, h)
-        diagonal = at_tokens(diagonal, attention_mask).transpose(1, 2)  # (b, h, l)
-        return matrix + torch.diag_embed(diagonal.to(matrix.dtype))
+        return MatrixFactors(log_decay, B, C, self.D)
 
     def values(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, seq_idx: Tensor | None = None
@@ -187,23 +186,30 @@ class DiscreteMamba2(Mixer):
     # --- the pieces -----------------------------------------------------------------------------------------------
 
     def _project(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None, state: MixerState | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        seq_idx: Tensor | None,
+        state: MixerState | None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Any]:
         """From (b, l, d) to x (b,l,h,p), log_decay (b,l,h), B and C (b,l,g,n), z (b,l,h·p), conv state (b,c,k-1)."""
         xBC, z, A_log = self.in_proj(hidden_states).split(self.in_proj_widths, dim=-1)
-        xBC, conv = self.conv1d(
-            at_tokens(xBC, attention_mask),  # after in_proj: its bias must not leak from padding
+        xBC, conv = self.conv1d(  # masks what enters, in_proj's bias, and what leaves, its own
+            xBC,
             None if state is None else state.conv,
-            seq_idx,
+            widths=self.conv_widths,
+            attention_mask=attention_mask,
+            seq_idx=seq_idx,
+            return_state=return_state,
         )
         return *self._heads(xBC, A_log, attention_mask), z, conv
 
     def _heads(
-        self, xBC: Tensor, A_log: Tensor, attention_mask: Tensor | None
+        self, xBC: tuple[Tensor, Tensor, Tensor], A_log: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Split the convolved channels into heads; at padding nothing enters the state and nothing decays."""
-        x, B, C = xBC.split(self.conv_widths, dim=-1)
-        x = at_tokens(x, attention_mask)  # after the convolution: its bias is no input
+        """Cut the convolved channels into heads; at padding nothing decays."""
+        x, B, C = xBC
         log_decay = at_tokens(-F.softplus(wide(A_log)), attention_mask)  # (…, h)
         return (
             x.unflatten(-1, (self.n_v_heads, self.head_dim)),
@@ -212,13 +218,9 @@ class DiscreteMamba2(Mixer):
             C.unflatten(-1, (self.n_qk_heads, self.d_state)),
         )
 
-    def _skip(self, x: Tensor) -> Tensor:
-        return (self.D[:, None] * x).to(x.dtype)  # (…, h, p)
-
-    def _gate_and_project(self, y: Tensor, z: Tensor) -> Tensor:
-        """From y (…, h, p) and z (…, h·p) to (…, d)."""
-        gate = F.silu(z if self.z_bias is None else z + self.z_bias.to(z.dtype))
-        return self.out_proj(y.flatten(-2).to(z.dtype) * gate)
+    def _gate_and_project(self, y: Tensor, z: Tensor, x: Tensor | None = None) -> Tensor:
+        """From y (b, l, h, p), to which D·x is added when x is given, and z (b, l, h·p) to (b, l, d)."""
+        return self.out_proj(gated_skip(y, x, None if x is None else self.D, z, self.z_bias))
 
     # --- where it starts ------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from limbeck.errors import LimbeckError, unknown
 from limbeck.mixers.base import Mixer, MixerState, check_mixer_inputs
 from limbeck.mixers.common import CausalConv1d, at_tokens, identity_conv_, time_step_bias_, wide, wide_default
-from limbeck.ops import selective_scan, selective_scan_step
+from limbeck.ops import gated_skip, selective_scan, selective_scan_step
 from limbeck.ops.checks import without_autocast
 
 
@@ -104,10 +104,12 @@ class Mamba(Mixer):
             return (out[:, None], state) if return_state else out[:, None]
 
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (b, l, c) each
-        x, conv = self.conv1d(
-            at_tokens(x, attention_mask),  # after in_proj: its bias must not leak from padding
+        (x,), conv = self.conv1d(  # masks what enters: in_proj's bias must not leak from padding
+            x,
             None if state is None else state.conv,
-            seq_idx,
+            attention_mask=attention_mask,
+            seq_idx=seq_idx,
+            return_state=return_state,
         )
         delta, B, C = self._select(x, attention_mask)  # (b, l, c), (b, l, n), (b, l, n)
         y, recurrent = selective_scan(
@@ -128,10 +130,11 @@ class Mamba(Mixer):
     ) -> tuple[Tensor, MixerState]:
         """Mix one more token: see `Mixer.step`."""
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (b, c) each
-        x, conv = self.conv1d(at_tokens(x, attention_mask), state.conv)
+        (x,), conv = self.conv1d(x, state.conv, attention_mask=attention_mask)
         delta, B, C = self._select(x, attention_mask)
         y, recurrent = selective_scan_step(state.recurrent, x, delta, -self.A_log.exp(), B, C)  # (b, c)
-        return self._skip_and_gate(y, x, z), MixerState(conv, recurrent)
+        out = self._skip_and_gate(y[:, None], x[:, None], z[:, None])  # (b, 1, d)
+        return out[:, 0], MixerState(conv, recurrent)
 
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -152,8 +155,8 @@ class Mamba(Mixer):
         return at_tokens(delta, attention_mask), B, C
 
     def _skip_and_gate(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        """From y, x and z (…, c) to (…, d)."""
-        return self.out_proj((y + self.D * x).to(z.dtype) * F.silu(z))
+        """From y, x and z (b, l, c) to (b, l, d): every channel is a head of width 1."""
+        return self.out_proj(gated_skip(y[..., None], x[..., None], self.D, z))
 
     # --- where it starts ------------------------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError, unknown
-from limbeck.mixers.base import Mixer, MixerState, check_mixer_inputs
+from limbeck.mixers.base import MatrixFactors, Mixer, MixerState, check_mixer_inputs
 from limbeck.mixers.common import CausalConv1d, at_tokens, identity_conv_, time_step_bias_, wide, wide_default
-from limbeck.ops import ssd, ssd_matrix, ssd_step
+from limbeck.ops import ssd, ssd_step
 
 
 class GatedRMSNorm(nn.Module):
@@ -136,7 +136,7 @@ class Mamba2(Mixer):
             out, state = self.step(hidden_states[:, 0], state, token_mask)
             return (out[:, None], state) if return_state else out[:, None]
 
-        x, delta, B, C, z, conv = self._project(hidden_states, attention_mask, seq_idx, state)
+        x, delta, B, C, z, conv = self._project(hidden_states, attention_mask, seq_idx, state, return_state)
         recurrent = None if state is None else state.recurrent
         y, recurrent = ssd(
             wide(x) * delta[..., None],
@@ -155,7 +155,7 @@ class Mamba2(Mixer):
     ) -> tuple[Tensor, MixerState]:
         """Mix one more token: see `Mixer.step`."""
         z, xBC, dt = self.in_proj(hidden_states).split(self.in_proj_widths, dim=-1)  # (b, …)
-        xBC, conv = self.conv1d(at_tokens(xBC, attention_mask), state.conv)
+        xBC, conv = self.conv1d(xBC, state.conv, widths=self.conv_widths, attention_mask=attention_mask)
         x, delta, B, C = self._heads(xBC, dt, attention_mask)
         y, recurrent = ssd_step(state.recurrent, wide(x) * delta[..., None], -self.A_log.exp() * delta, B, C)
         return self._norm_and_project(y + self.D[:, None] * x, z), MixerState(conv, recurrent)
@@ -172,17 +172,14 @@ class Mamba2(Mixer):
 
     # --- the same as a matrix -------------------------------------------------------------------------------------
 
-    def mixing_matrix(
+    def matrix_factors(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, seq_idx: Tensor | None = None
-    ) -> Tensor:
-        """Materialise M with each column times its Δ, and D on the diagonal: see `Mixer.mixing_matrix`."""
+    ) -> MatrixFactors:
+        """B times Δ, so that every head has its own, and the like of C: see `Mixer.matrix_factors`."""
         check_mixer_inputs(self, hidden_states, attention_mask, seq_idx)
         _, delta, B, C, _, _ = self._project(hidden_states, attention_mask, seq_idx, None)
-        B, C = at_tokens(B, attention_mask), at_tokens(C, attention_mask)
-        matrix = ssd_matrix(-self.A_log.exp() * delta, B, C, seq_idx=seq_idx)  # (b, h, l, l)
-        matrix = matrix * delta.transpose(1, 2)[:, :, None]
-        diagonal = at_tokens(self.D.expand_as(delta), attention_mask).transpose(1, 2)  # (b, h, l)
-        return matrix + torch.diag_embed(diagonal.to(matrix.dtype))
+        B, C = (tensor.repeat_interleave(self.num_heads // self.ngroups, dim=2) for tensor in (B, C))  # (b, l, h, n)
+        return MatrixFactors(-self.A_log.exp() * delta, (B * delta[..., None]).to(B.dtype), C, self.D)
 
     def values(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, seq_idx: Tensor | None = None
@@ -199,22 +196,32 @@ class Mamba2(Mixer):
     # --- the pieces -----------------------------------------------------------------------------------------------
 
     def _project(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None, state: MixerState | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        seq_idx: Tensor | None,
+        state: MixerState | None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Any]:
         """From (b, l, d) to x (b,l,h,p), Δ (b,l,h), B and C (b,l,g,n), z (b,l,h·p), conv state (b,c,k-1)."""
         z, xBC, dt = self.in_proj(hidden_states).split(self.in_proj_widths, dim=-1)
-        xBC, conv = self.conv1d(
-            at_tokens(xBC, attention_mask),  # after in_proj: its bias must not leak from padding
+        xBC, conv = self.conv1d(  # masks what enters, in_proj's bias, and what leaves, its own
+            xBC,
             None if state is None else state.conv,
-            seq_idx,
+            widths=self.conv_widths,
+            attention_mask=attention_mask,
+            seq_idx=seq_idx,
+            return_state=return_state,
         )
         return *self._heads(xBC, dt, attention_mask), z, conv
 
-    def _heads(self, xBC: Tensor, dt: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Split the convolved channels into heads; at padding x and Δ are 0: nothing enters and nothing decays."""
-        x, B, C = xBC.split(self.conv_widths, dim=-1)
+    def _heads(
+        self, xBC: tuple[Tensor, Tensor, Tensor], dt: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cut the convolved channels into heads; at padding Δ is 0: nothing enters and nothing decays."""
+        x, B, C = xBC
         return (
-            at_tokens(x, attention_mask).unflatten(-1, (self.num_heads, self.headdim)),
+            x.unflatten(-1, (self.num_heads, self.headdim)),
             at_tokens(F.softplus(wide(dt) + self.dt_bias), attention_mask),
             B.unflatten(-1, (self.ngroups, self.d_state)),
             C.unflatten(-1, (self.ngroups, self.d_state)),

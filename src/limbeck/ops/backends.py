@@ -41,9 +41,10 @@ def choose_backend(operator: str, backend: str, tensor: Tensor, unsupported: str
         if tensor.device.type != "cuda":
             return "reference"
         choice = "reference" if unsupported else "triton"
-        _log_once(operator, choice, unsupported or "")
-        if choice == "triton":
-            _check_triton(operator, "cuda")
+        if not torch.compiler.is_compiling():  # a log, or a look at what is installed, would break the graph
+            _log_once(operator, choice, unsupported or "")
+            if choice == "triton":
+                _check_triton(operator, "cuda")
         return choice
     if unsupported:
         raise LimbeckError(
@@ -51,7 +52,8 @@ def choose_backend(operator: str, backend: str, tensor: Tensor, unsupported: str
             expected="bfloat16, float16 or float32 within the kernel's limits",
             hint='backend="reference" takes it',
         )
-    _check_triton(operator, tensor.device.type)
+    if not torch.compiler.is_compiling():
+        _check_triton(operator, tensor.device.type)
     return backend
 
 

@@ -2,9 +2,11 @@
 
     y_t = activation(bias + Σ_j weight[:, j] · x_{t-(k-1)+j})
 
-This is the door: shapes, number types, the choice of backend. The computation is in `causal_conv_reference.py`.
+This is the door: shapes, number types, the choice of backend. The computation is in `causal_conv_reference.py`,
+readable, and in `causal_conv_triton.py`, for CUDA.
 """
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -12,11 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
+from limbeck.ops.backends import choose_backend
 from limbeck.ops.causal_conv_reference import causal_conv_reference, last_inputs
-from limbeck.ops.checks import check_backend, check_seq_idx, check_shapes, wide_dtype, without_autocast
+from limbeck.ops.checks import check_mask, check_seq_idx, check_shapes, wide_dtype, without_autocast
+
+MOST_TAPS = 8
+"""The largest k that the kernels take."""
 
 Activation = Literal["identity", "silu"]
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "reference", "triton"]
 
 
 @overload
@@ -29,6 +35,7 @@ def causal_conv(
     initial_state: Tensor | None = None,
     return_state: Literal[False] = False,
     seq_idx: Tensor | None = None,
+    mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor: ...
 @overload
@@ -41,6 +48,7 @@ def causal_conv(
     initial_state: Tensor | None = None,
     return_state: Literal[True],
     seq_idx: Tensor | None = None,
+    mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 def causal_conv(
@@ -52,9 +60,12 @@ def causal_conv(
     initial_state: Tensor | None = None,
     return_state: bool = False,
     seq_idx: Tensor | None = None,
+    mask: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Convolve each channel with its own k taps, looking back only.
+
+    Differentiable once in every floating input. Summed in float32, under autocast too, or in float64 when an input is.
 
     Args:
         x: (b, l, c).
@@ -64,28 +75,91 @@ def causal_conv(
         initial_state: (b, c, k-1), the inputs before the first token, of the first document; zero by default.
         return_state: Whether to return the last k-1 inputs as well.
         seq_idx: (b, l) integer, non-decreasing document ids; no tap reaches across a change of id.
-        backend: ``"auto"`` chooses by device, dtype and shape; ``"reference"`` is plain torch.
+        mask: (b, l) bool, True at a token. Padding counts as an input of zero, and its output is zero.
+        backend: ``"auto"`` chooses by device, dtype and shape; ``"reference"`` is plain torch; ``"triton"``.
 
     Returns:
         y, (b, l, c) in x's dtype, or (y, state) with the state (b, c, k-1) in x's dtype: the last inputs of the last
         document, zeros before its start.
 
     Raises:
-        LimbeckError: When a shape does not fit, or the activation or backend is unknown.
+        LimbeckError: When a shape does not fit, or the activation or backend is unknown or cannot run.
     """
-    check_backend("causal_conv", backend, ("auto", "reference"))
+    (y,), state = causal_conv_split(
+        x,
+        weight,
+        bias,
+        x.shape[-1:],
+        activation=activation,
+        initial_state=initial_state,
+        return_state=return_state,
+        seq_idx=seq_idx,
+        mask=mask,
+        backend=backend,
+    )
+    return y if state is None else (y, state)
+
+
+def causal_conv_split(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    widths: Sequence[int],
+    *,
+    activation: Activation = "identity",
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    seq_idx: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Do what `causal_conv` does, and return y cut along its channels.
+
+    Cut here, the pieces' gradients are read from where they are; those of slices of one y would be put together first.
+
+    Args:
+        x: (b, l, c).
+        weight: (c, k).
+        bias: (c,) or None.
+        widths: How many channels each piece has; their sum is c.
+        activation: See `causal_conv`, for this and all that follow.
+        initial_state: (b, c, k-1) or None.
+        return_state: Whether to return the last k-1 inputs.
+        seq_idx: (b, l) or None.
+        mask: (b, l) or None.
+        backend: Of `causal_conv`.
+
+    Returns:
+        The pieces of y, (b, l, width) each, and the state, (b, c, k-1), or None when it is not asked for.
+
+    Raises:
+        LimbeckError: See `causal_conv`; also when the widths do not add up.
+    """
     sizes = _check_conv(weight, bias, activation, x=x, state=initial_state)
     check_seq_idx("causal_conv", seq_idx, sizes["b"], sizes["l"])
-    wide = wide_dtype(x, weight, bias)
-    if initial_state is None:
-        initial_state = x.new_zeros(sizes["b"], sizes["c"], sizes["k"] - 1)
-    initial_state = initial_state.to(x.dtype)
+    check_mask("causal_conv", mask, (sizes["b"], sizes["l"]))
+    if sum(widths) != sizes["c"]:
+        raise LimbeckError(f"causal_conv was given widths {tuple(widths)}", expected=f"a sum of c = {sizes['c']}")
+    wide, k = wide_dtype(x, weight, bias), sizes["k"]
+    if initial_state is not None:
+        initial_state = initial_state.to(x.dtype)
+    unsupported = str(wide) if wide == torch.float64 else f"{k} taps" if k > MOST_TAPS else None
+    if choose_backend("causal_conv", backend, x, unsupported) == "triton":
+        from limbeck.ops.causal_conv_triton import causal_conv_triton
+
+        pieces = causal_conv_triton(x, weight, bias, initial_state, seq_idx, mask, widths, activation == "silu")
+        return pieces, last_inputs(x, initial_state, k, seq_idx, mask) if return_state else None
     with without_autocast(x):
         y = causal_conv_reference(
-            x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), initial_state.to(wide), seq_idx
+            _at_tokens(x, mask).to(wide),
+            weight.to(wide),
+            None if bias is None else bias.to(wide),
+            None if initial_state is None else initial_state.to(wide),
+            seq_idx,
         )
-        y = _activate(y, activation).to(x.dtype)
-    return (y, last_inputs(x, initial_state, seq_idx)) if return_state else y
+        y = _at_tokens(_activate(y, activation).to(x.dtype), mask)
+    state = last_inputs(x, initial_state, k, seq_idx, mask) if return_state else None
+    return y.split(tuple(widths), dim=-1), state
 
 
 def causal_conv_step(
@@ -117,6 +191,10 @@ def causal_conv_step(
 
 def _activate(y: Tensor, activation: Activation) -> Tensor:
     return F.silu(y) if activation == "silu" else y
+
+
+def _at_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x.masked_fill(mask.logical_not()[..., None], 0)
 
 
 def _check_conv(

@@ -10,13 +10,15 @@ from torch.autograd.function import once_differentiable
 
 
 def causal_conv_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor, seq_idx: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None
 ) -> Tensor:
     """Sum k shifted products.
 
     Returns:
         y, (b, l, c).
     """
+    if initial_state is None:
+        initial_state = _no_inputs(x, weight.shape[1])
     window = torch.cat([initial_state.mT, x], dim=1)  # (b, k-1+l, c)
     y = _SumOfShifts.apply(window, weight, seq_idx)
     return y if bias is None else y + bias
@@ -60,19 +62,28 @@ def _reachable(shifted: Tensor, seq_idx: Tensor | None, lag: int) -> Tensor:
     return shifted.masked_fill((earlier != seq_idx)[..., None], 0)
 
 
-def last_inputs(x: Tensor, initial_state: Tensor, seq_idx: Tensor | None) -> Tensor:
-    """The last k-1 inputs of the last document, zeros before its start.
+def last_inputs(x: Tensor, initial_state: Tensor | None, k: int, seq_idx: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The last k-1 inputs of the last document, zeros before its start and at padding.
 
     Returns:
         (b, c, k-1), in memory of its own.
     """
-    keep = initial_state.shape[-1]
-    recent = x[:, max(0, x.shape[1] - keep) :]  # (b, ≤ k-1, c)
+    if initial_state is None:
+        initial_state = _no_inputs(x, k)
+    keep = k - 1
+    start = max(0, x.shape[1] - keep)
+    recent = x[:, start:]  # (b, ≤ k-1, c)
+    if mask is not None:
+        recent = recent.masked_fill(mask[:, start:].logical_not()[..., None], 0)
     state = torch.cat([initial_state, recent.mT], dim=-1)[..., recent.shape[1] :].contiguous()
     if seq_idx is None:
         return state
     ids = _with_ids_before(seq_idx, keep)[:, x.shape[1] :]  # (b, k-1)
     return state.masked_fill((ids != seq_idx[:, -1:])[:, None], 0)
+
+
+def _no_inputs(x: Tensor, k: int) -> Tensor:
+    return x.new_zeros(x.shape[0], x.shape[2], k - 1)
 
 
 def _with_ids_before(seq_idx: Tensor, count: int) -> Tensor:

@@ -53,6 +53,19 @@ def check_seq_idx(operator: str, seq_idx: Tensor | None, batch: int, length: int
         )
 
 
+def check_mask(operator: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Check the shape and type of a mask of tokens.
+
+    Raises:
+        LimbeckError: When it is not bool of that shape.
+    """
+    if mask is not None and (tuple(mask.shape) != shape or mask.dtype != torch.bool):
+        raise LimbeckError(
+            f"{operator} was given a mask of shape {tuple(mask.shape)} in {mask.dtype}",
+            expected=f"bool of shape {shape}, True at a token",
+        )
+
+
 def check_backend(operator: str, backend: str, known: Sequence[str]) -> None:
     """Check the name of a backend.
 

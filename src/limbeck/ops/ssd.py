@@ -3,7 +3,7 @@
     S_t = exp(a_t) · S_{t-1} + x_t ⊗ B_t        y_t = S_t · C_t
 
 (Mamba-2, arXiv 2405.21060; discrete Mamba-2, arXiv 2408.10189.) This is the door: shapes, number types, the choice of
-backend. The computation is in `ssd_reference.py`.
+backend. The computation is in `ssd_reference.py`, readable, and in `ssd_triton.py`, for CUDA.
 """
 
 from typing import Literal, overload
@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
-from limbeck.ops.checks import check_backend, check_seq_idx, check_shapes, wide_dtype, without_autocast
+from limbeck.ops.backends import choose_backend
+from limbeck.ops.checks import check_seq_idx, check_shapes, wide_dtype, without_autocast
 from limbeck.ops.ssd_reference import ssd_chunked, ssd_matrix_reference, ssd_step_reference
 
 CHUNK_SIZE = 32
 """Tokens in a chunk of the reference backend: the fastest on a CPU (benchmarks/ssd_cpu.py)."""
 
-Backend = Literal["auto", "reference"]
+WIDEST_STATE = 256
+"""The largest d_state that the kernels take."""
+
+Backend = Literal["auto", "reference", "triton"]
 
 
 @overload
@@ -61,8 +65,8 @@ def ssd(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Apply a decayed linear attention along the sequence, in time linear in its length.
 
-    Differentiable once in every floating input. Computed in float32, under autocast too, or in float64 when an input
-    is.
+    Differentiable once in every floating input. Accumulated in float32, under autocast too, or in float64 when an input
+    is; the kernels multiply what is bfloat16 or float16 as it is, and take a decay below exp(−60) for 0.
 
     Args:
         x: (b, l, h, p), the values.
@@ -72,21 +76,29 @@ def ssd(
         initial_state: (b, h, p, n), the state before the first token, of the first document; zero by default.
         return_state: Whether to return the state after the last token, of the last document, as well.
         seq_idx: (b, l) integer, non-decreasing document ids; the state never crosses a change of id.
-        chunk_size: Tokens computed as one matrix product; by default what is fastest.
-        backend: ``"auto"`` chooses by device, dtype and shape; ``"reference"`` is plain torch.
+        chunk_size: Tokens that the reference computes as one matrix product; by default what is fastest.
+        backend: ``"auto"`` chooses by device, dtype and shape; ``"reference"`` is plain torch; ``"triton"``.
 
     Returns:
         y, (b, l, h, p) in x's dtype, or (y, state) with the state (b, h, p, n) in float32 or float64.
 
     Raises:
-        LimbeckError: When a shape or dtype does not fit, or the backend is unknown.
+        LimbeckError: When a shape or dtype does not fit, or the backend is unknown or cannot run.
     """
-    check_backend("ssd", backend, ("auto", "reference"))
     sizes = _check_ssd("b l h p", x=x, log_decay=log_decay, B=B, C=C, initial_state=initial_state)
     check_seq_idx("ssd", seq_idx, sizes["b"], sizes["l"])
     if chunk_size is not None and chunk_size < 1:
         raise LimbeckError(f"ssd was given chunk_size {chunk_size}", expected="1 or more, or None")
     wide = wide_dtype(x, log_decay, B, C, initial_state)
+    n = sizes["n"]
+    unsupported = str(wide) if wide == torch.float64 else f"d_state {n}" if n > WIDEST_STATE else None
+    if choose_backend("ssd", backend, x, unsupported) == "triton":
+        from limbeck.ops.ssd_triton import ssd_triton
+
+        dtype = torch.promote_types(x.dtype, torch.promote_types(B.dtype, C.dtype))
+        y, state = ssd_triton(x.to(dtype), log_decay, B.to(dtype), C.to(dtype), initial_state, seq_idx)
+        y = y.to(x.dtype)
+        return (y, state) if return_state else y
     with without_autocast(x):
         y, state = ssd_chunked(
             x.to(wide),

@@ -3,7 +3,7 @@
 A family is one entry of `table.py`. Everything else in Limbeck reaches into a model through it.
 """
 
-from limbeck.students.families.family import AttentionShape, Family, attention_shape
+from limbeck.students.families.family import AttentionShape, Family, LogitForm, attention_shape
 from limbeck.students.families.projections import fused_projections, separate_projections
 from limbeck.students.families.reach import (
     STUDENT_PREFIX,
@@ -13,6 +13,7 @@ from limbeck.students.families.reach import (
     family_of,
     mixer_of,
     mixers,
+    plain_head,
     swapped_layers,
 )
 from limbeck.students.families.table import FAMILIES
@@ -22,6 +23,7 @@ __all__ = [
     "STUDENT_PREFIX",
     "AttentionShape",
     "Family",
+    "LogitForm",
     "attention_of",
     "attention_shape",
     "backbone",
@@ -30,6 +32,7 @@ __all__ = [
     "fused_projections",
     "mixer_of",
     "mixers",
+    "plain_head",
     "separate_projections",
     "swapped_layers",
 ]

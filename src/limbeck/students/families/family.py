@@ -25,6 +25,18 @@ class AttentionShape(NamedTuple):
     head_dim: int
 
 
+class LogitForm(NamedTuple):
+    """What a language model does to the output of its head: softcap · tanh(scale · output / softcap).
+
+    Attributes:
+        scale: What the output is multiplied with.
+        softcap: None for no soft cap.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
 def attention_shape(config: Any) -> AttentionShape:
     """Read the heads off a configuration, under the names that nearly all families use.
 
@@ -46,6 +58,10 @@ def _nothing_lost(_config: Any) -> Sequence[str]:
     return ()
 
 
+def _plain(_config: Any) -> LogitForm:
+    return LogitForm()
+
+
 @dataclass(frozen=True)
 class Family:
     """How one family of teachers is built.
@@ -61,6 +77,8 @@ class Family:
             block it carries the padding mask and the document ids.
         attention_shape: From a configuration to the heads.
         not_carried: From a configuration to notes on what of its attention no mixer can start from.
+        logits: From a configuration to what becomes of the head's output; None where it is something else. Then whole
+            logits are made where a loss could do without.
     """
 
     config_class: type[PretrainedConfig]
@@ -71,6 +89,7 @@ class Family:
     carrier: str | None = None
     attention_shape: Callable[[Any], AttentionShape] = attention_shape
     not_carried: Callable[[Any], Sequence[str]] = _nothing_lost
+    logits: Callable[[Any], LogitForm | None] = _plain
 
     @property
     def name(self) -> str:

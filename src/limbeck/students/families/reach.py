@@ -5,7 +5,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from limbeck.errors import LimbeckError
 from limbeck.mixers import Mixer
-from limbeck.students.families.family import Family
+from limbeck.students.families.family import Family, LogitForm
 from limbeck.students.families.table import FAMILIES
 
 STUDENT_PREFIX = "limbeck_"
@@ -39,6 +39,22 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The list of blocks, each with its attention (or mixer) and its MLP."""
     return getattr(backbone(model), family_of(model.config).blocks)
+
+
+def plain_head(model: PreTrainedModel) -> tuple[nn.Linear, LogitForm] | None:
+    """The language-modelling head, where it is one matrix product, and what becomes of its output.
+
+    Returns:
+        None where the head is something else (quantised, with an adapter, replaced), or the family is unknown or does
+        not say.
+    """
+    family = FAMILIES.get(model.config.model_type.removeprefix(STUDENT_PREFIX))
+    form = None if family is None else family.logits(model.config)
+    head = model.get_output_embeddings()
+    if form is None or not isinstance(head, nn.Linear):
+        return None
+    replaced = type(head).forward is not nn.Linear.forward or "forward" in vars(head)
+    return None if replaced else (head, form)
 
 
 def attention_of(block: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from limbeck.students.families.family import Family
+from limbeck.students.families.family import Family, LogitForm
 from limbeck.students.families.projections import (
     gpt2_projections,
     gpt_neox_projections,
@@ -43,14 +43,22 @@ def _soft_cap(config: Any) -> Sequence[str]:
     return ("the soft cap of the scores is lost",) if config.attn_logit_softcapping is not None else ()
 
 
+def _capped(config: Any) -> LogitForm:
+    return LogitForm(softcap=config.final_logit_softcapping)
+
+
+def _scaled(config: Any) -> LogitForm:
+    return LogitForm(scale=1 / config.logits_scaling)
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family(Gemma2Config, separate_projections, not_carried=_soft_cap),
-        Family(Gemma3TextConfig, separate_projections, not_carried=_query_key_norm),
+        Family(Gemma2Config, separate_projections, not_carried=_soft_cap, logits=_capped),
+        Family(Gemma3TextConfig, separate_projections, not_carried=_query_key_norm, logits=_capped),
         Family(GPT2Config, gpt2_projections, attention="attn", blocks="h"),
         Family(GPTNeoXConfig, gpt_neox_projections, attention="attention", cache_keyword="layer_past"),
-        Family(GraniteConfig, separate_projections),
+        Family(GraniteConfig, separate_projections, logits=_scaled),
         Family(LlamaConfig, separate_projections),
         Family(MistralConfig, separate_projections),
         Family(Olmo2Config, separate_projections, not_carried=_query_key_norm),
