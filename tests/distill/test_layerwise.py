@@ -96,7 +96,7 @@ def test_norms_and_distances_by_hand(make_teacher, make_student, tokens):
 
 
 def test_loss_norm_scales_the_gradient_of_each_layer(make_teacher, make_student, tokens):
-    teacher = make_teacher()
+    teacher = make_teacher(dtype=torch.float64)
     student = make_student(teacher)
     gradients = []
     for norm in ("none", "loss_norm"):
