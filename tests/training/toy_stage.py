@@ -112,7 +112,7 @@ def arm(kill: str):
             die()
         if what.startswith("SIG") and stage == "matrix" and step == int(rest[0]):
             for _ in range(int(rest[1])):
-                os.kill(os.getpid(), getattr(signal, what))
+                signal.raise_signal(getattr(signal, what))  # to this thread: two sent to a process may become one
         return micro_batches(step)
 
     if what == "update":
