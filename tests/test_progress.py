@@ -42,6 +42,14 @@ def test_a_resumed_job_judges_the_time_by_what_it_did_itself(clock, capsys):
     assert capsys.readouterr().err == "logits 95/100  10s left\nsaved\n"
 
 
+def test_a_job_whose_end_nobody_knows_counts(clock, capsys):
+    progress = PlainProgress("preparing", None)
+    for done in (1, 2, 3):
+        progress.update(done, {"tokens": "12"})
+        clock[0] += 6
+    assert capsys.readouterr().err == "preparing 1  tokens 12\npreparing 3  tokens 12\n"
+
+
 def test_live_on_a_terminal(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

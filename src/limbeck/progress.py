@@ -34,11 +34,11 @@ class PlainProgress:
 
     Args:
         title: What is being done.
-        total: The count at which it is done.
+        total: The count at which it is done; None where only the end will tell.
         every: Least seconds between two lines.
     """
 
-    def __init__(self, title: str, total: int, *, every: float = 10.0):
+    def __init__(self, title: str, total: int | None, *, every: float = 10.0):
         self.title, self.total, self.every = title, total, every
         self._last_line = float("-inf")
         self._start, self._started = 0, time.monotonic()
@@ -58,10 +58,11 @@ class PlainProgress:
     def update(self, done: int, figures: Mapping[str, float | str] | None = None) -> None:
         """Tell that `done` of the total is done, with figures to show."""
         now = time.monotonic()
-        if done < self.total and now - self._last_line < self.every:
+        if (self.total is None or done < self.total) and now - self._last_line < self.every:
             return
         self._last_line = now
-        parts = [f"{self.title} {done}/{self.total}", *_shown(figures or {}), self._time_left(done)]
+        count = f"{done}" if self.total is None else f"{done}/{self.total}"
+        parts = [f"{self.title} {count}", *_shown(figures or {}), self._time_left(done)]
         say("  ".join(part for part in parts if part))
 
     def note(self, message: str) -> None:
@@ -69,7 +70,7 @@ class PlainProgress:
         say(message)
 
     def _time_left(self, done: int) -> str:
-        if done <= self._start or done >= self.total:
+        if self.total is None or done <= self._start or done >= self.total:
             return ""
         seconds = (time.monotonic() - self._started) / (done - self._start) * (self.total - done)
         return f"{duration(seconds)} left"
@@ -78,7 +79,7 @@ class PlainProgress:
 class LiveProgress(PlainProgress):
     """One bar that redraws itself and stays as its last state; notes scroll by above it."""
 
-    def __init__(self, title: str, total: int):
+    def __init__(self, title: str, total: int | None):
         super().__init__(title, total)
         self._console = console()
         self._bar = Progress(
@@ -115,7 +116,7 @@ class LiveProgress(PlainProgress):
         self._console.print(Text(message))
 
 
-def make_progress(title: str, total: int, *, every: float = 10.0) -> PlainProgress:
+def make_progress(title: str, total: int | None, *, every: float = 10.0) -> PlainProgress:
     """Return the display that suits standard error: live on a terminal, else plain lines `every` so many seconds."""
     if sys.stderr.isatty():
         return LiveProgress(title, total)

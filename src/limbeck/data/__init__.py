@@ -1,11 +1,13 @@
 """Data: text into tokens, tokens into samples, samples into batches. It knows nothing of models."""
 
 from limbeck.data.batches import BatchSampler, collate, micro_batches
+from limbeck.data.corpus import Corpus, Reading
 from limbeck.data.megatron import PILE_SAMPLES, MegatronDataset, describe, is_megatron
 from limbeck.data.megatron_writer import MegatronWriter
 from limbeck.data.mixture import MixedDataset, mixed
 from limbeck.data.open import open_samples, source_files
 from limbeck.data.packing import TokenDataset, load_tokens, write_tokens
+from limbeck.data.prepare import prepare
 from limbeck.data.samples import Part, Samples, split_samples
 from limbeck.data.stdlib import split_by_file, standard_library_files
 from limbeck.data.tasks import Task, TaskDataset, read_tasks
@@ -14,11 +16,13 @@ from limbeck.data.text import Document, encode_batches, encode_documents, read_d
 __all__ = [
     "PILE_SAMPLES",
     "BatchSampler",
+    "Corpus",
     "Document",
     "MegatronDataset",
     "MegatronWriter",
     "MixedDataset",
     "Part",
+    "Reading",
     "Samples",
     "Task",
     "TaskDataset",
@@ -32,6 +36,7 @@ __all__ = [
     "micro_batches",
     "mixed",
     "open_samples",
+    "prepare",
     "read_documents",
     "read_tasks",
     "source_files",

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -76,12 +77,39 @@ def prepare(
     except Timeout:
         raise LimbeckError(f"another process is preparing {prefix}", expected="one at a time") from None
     with lock:
-        parts = _Parts(prefix, file_dtype(vocab_size), identity)
-        if not parts.finished:
-            encode = _Encoder(backend.to_str(), eos_token_id, parts.path, str(parts.dtype))
+        try:
+            _prepare(corpus, backend, prefix, identity, workers, report)
+        finally:  # while it is held: whoever waits for it looks whether it still has a name
+            Path(lock.lock_file).unlink(missing_ok=True)
+    return prefix
+
+
+def _prepare(
+    corpus: Corpus, backend: Any, prefix: Path, identity: dict[str, Any], workers: int, report: Report
+) -> None:
+    """Do what is missing, alone at this prefix."""
+    parts = _Parts(prefix, file_dtype(identity["vocab_size"]), identity)
+    if not parts.finished:
+        encode = _Encoder(backend.to_str(), identity["eos_token_id"], parts.path, str(parts.dtype))
+        with _clearing_mistakes(parts):
             _fill(parts, corpus.pieces(), encode, workers, report)
             parts.finish()
-    return prefix
+
+
+@contextmanager
+def _clearing_mistakes(parts: "_Parts") -> Iterator[None]:
+    """While open, a mistake in the sources leaves nothing behind of what was begun just now; a lost worker does not."""
+    try:
+        yield
+    except LimbeckError:
+        if parts.begun_here:
+            shutil.rmtree(parts.path, ignore_errors=True)
+        raise
+    except BrokenProcessPool:
+        raise LimbeckError(
+            "a worker ended before its piece was done",
+            hint="the same command goes on from there; with fewer --workers if memory ran out",
+        ) from None
 
 
 class _Parts:
@@ -95,7 +123,7 @@ class _Parts:
         self.record = prefix.with_name(f"{prefix.name}.json")
         self.sizes: list[Path] = []
         self.tokens = 0
-        self.finished = self._is_finished()
+        self.finished, self.begun_here = self._is_finished(), False
         if self.finished:
             shutil.rmtree(self.path, ignore_errors=True)
             return
@@ -107,6 +135,7 @@ class _Parts:
         else:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir()
+            self.begun_here = True
             self.joined.touch()
             write_text(plan, json.dumps(identity, indent=1))
 
@@ -220,14 +249,9 @@ class _Workers:
     def __enter__(self) -> "_Workers":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-        if isinstance(error, BrokenProcessPool):
-            raise LimbeckError(
-                "a worker ended before its piece was done",
-                hint="the same command goes on from there; with fewer --workers if memory ran out",
-            ) from None
 
 
 _ENCODE: list[_Encoder] = []
