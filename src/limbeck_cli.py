@@ -325,10 +325,11 @@ def _prepare(
     from limbeck.data import prepare as prepare_tokens
     from limbeck.progress import make_progress
 
-    for name, value in (("--output", output), ("--tokenizer", tokenizer)):
-        if value is None:
-            raise LimbeckError(f"no {name}", hint="limbeck prepare text/ --tokenizer teacher/ --output corpus")
-    assert output is not None and tokenizer is not None
+    if output is None or tokenizer is None:
+        raise LimbeckError(
+            "no --output" if output is None else "no --tokenizer",
+            hint="limbeck prepare text/ --tokenizer teacher/ --output corpus",
+        )
     corpus = Corpus(sources, Reading(*reading))
     encoder = load_tokenizer(tokenizer)
     with make_progress("preparing", total=corpus.work()) as progress:

@@ -166,6 +166,35 @@ def test_distill(good, good_json, recipe, teacher_folder, student_folder, text_f
     assert json.loads((tmp_path / "other/stages/2-logits/student/stage.json").read_text())["steps"] == 4
 
 
+def test_prepare(good, good_json, refused, recipe, teacher_folder, text_file, tmp_path):
+    prefix = tmp_path / "tokens" / "corpus"
+    given = ("prepare", text_file, "--tokenizer", teacher_folder, "--output", prefix)
+    assert "dtype            uint16\n" in good(*given)
+    made = good_json(*given)
+    assert made == good_json("prepare", "--info", f"{prefix}.idx")
+    assert made["documents"] == 1
+    assert made["tokens"] == made["longest"] == (prefix.parent / "corpus.bin").stat().st_size // 2 > 1000
+    found = good_json("distill", recipe, "--teacher", teacher_folder, "--data", prefix, "--output", tmp_path / "run")
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file(), found
+
+
+def test_prepare_with_mistakes(refused, teacher_folder, text_file, tmp_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lines")
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "short.idx").write_bytes(b"MMIDIDX")
+    more = ("--tokenizer", teacher_folder, "--output", tmp_path / "corpus")
+    assert "bad.jsonl:2 is no JSON" in refused("prepare", folder / "bad.jsonl", *more)
+    assert 'no "body" that is a string' in refused("prepare", folder / "bad.jsonl", *more, "--field", "body")
+    assert "no file or folder" in refused("prepare", folder / "nowhere", *more)
+    assert "no kind of text" in refused("prepare", folder / "short.idx", *more)
+    assert "workers = 0" in refused("prepare", text_file, *more, "--workers", "0")
+    assert "no --output" in refused("prepare", text_file, "--tokenizer", teacher_folder)
+    assert "no --tokenizer" in refused("prepare", text_file, "--output", tmp_path / "corpus")
+    assert "cannot load a tokenizer" in refused("prepare", text_file, *more[2:], "--tokenizer", "no/where")
+    assert "short.idx is truncated" in refused("prepare", "--info", folder / "short")
+    assert "--info with 2 files" in refused("prepare", "--info", "a", "b")
+
+
 def test_evaluate(good, good_json, teacher_folder, student_folder, text_file):
     options = ("--data", text_file, "--sequence-length", "32", "--samples", "4", "--device", "cpu")
     figures = good_json("evaluate", student_folder, "--teacher", teacher_folder, *options)

@@ -1,5 +1,6 @@
 """Text into token files: the same bytes from any number of workers, after any kill, and nothing left of a mistake."""
 
+import builtins
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from limbeck.errors import LimbeckError
 
 prepare_module = sys.modules[prepare_function.__module__]
 
-WORDS = "the old word for a still is limbeck a vessel to distil in".split()
+WORDS = ["the", "old", "word", "for", "a", "still", "is", "limbeck", "a", "vessel", "to", "distil", "in"]
 
 
 @pytest.fixture
@@ -100,8 +101,8 @@ def test_every_line_is_in_one_piece_wherever_files_are_cut(tmp_path_factory, doc
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    """Stands for a kill: nothing catches it."""
+class Stop(BaseException):
+    """Stands for a kill: no `except Exception` catches it."""
 
 
 @pytest.fixture
@@ -130,19 +131,20 @@ def stopped_after(monkeypatch):
             (prepare_module.shutil, "copyfileobj"),
         ):
             patch.setattr(target, name, counted(getattr(target, name)))
-        return patch, left
+        return patch
 
     return stopped_after
 
 
 def test_stopped_anywhere_and_begun_again_it_is_the_same(text, tokenizer, tmp_path, monkeypatch, stopped_after):
     monkeypatch.setattr(corpus, "PIECE_BYTES", 1500)
+
     def make(name):
         return prepare(Corpus([text], Reading()), tokenizer, tmp_path / name / "corpus", eos_token_id=0)
 
     whole = contents(make("whole"))
     for count in range(1000):
-        patch, left = stopped_after(count)
+        patch = stopped_after(count)
         with patch.context():
             try:
                 make(str(count))
@@ -171,7 +173,7 @@ def test_killed_with_its_workers_and_begun_again(text, tokenizer, tmp_path):
         "if __name__ == '__main__':\n"
         "    corpus.PIECE_BYTES = 300\n"
         "    prepare(Corpus([sys.argv[1]], Reading()), Tokenizer.from_file(sys.argv[2]), sys.argv[3], eos_token_id=0,\n"
-        "            workers=2, report=lambda done, tokens: (print(done, flush=True), time.sleep(float(sys.argv[4]))))\n"
+        "            workers=2, report=lambda *now: (print(now, flush=True), time.sleep(float(sys.argv[4]))))\n"
     )
     (tmp_path / "program.py").write_text(program)
     arguments = [sys.executable, tmp_path / "program.py", text, tmp_path / "tokenizer.json"]
@@ -237,7 +239,7 @@ def test_a_bad_line_is_named_and_leaves_nothing(text, tokenizer, tmp_path, small
 
 def test_a_mistake_does_not_remove_what_an_earlier_call_did(text, tokenizer, tmp_path, small_pieces, stopped_after):
     source = Corpus([text], Reading())
-    patch, _ = stopped_after(12)
+    patch = stopped_after(12)
     with patch.context(), pytest.raises(Stop):
         prepare(source, tokenizer, tmp_path / "corpus", eos_token_id=0)
     patch.undo()
@@ -284,3 +286,16 @@ def test_sources_that_cannot_be(text, tokenizer, tmp_path):
     with pytest.raises(LimbeckError, match="no text in the sources"):
         prepare(Corpus([tmp_path / "empty.txt"], Reading()), tokenizer, tmp_path / "corpus", eos_token_id=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "text"]
+
+
+def test_datasets_without_their_library(tokenizer, tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def absent(name, *arguments):
+        if name == "datasets":
+            raise ImportError(name)
+        return original(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(LimbeckError, match=r"needs the library `datasets`\ntry: pip install \"limbeck\[hub\]\""):
+        prepare(Corpus(["hub:old/words"], Reading()), tokenizer, tmp_path / "corpus", eos_token_id=0)

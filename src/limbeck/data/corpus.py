@@ -200,6 +200,7 @@ def _opened(source: str, reading: Reading) -> Any:
     """Open a dataset with the `datasets` library, which nothing else imports."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]
+        from datasets.exceptions import DatasetGenerationError  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise LimbeckError(f"{source} needs the library `datasets`", hint=INSTALL) from None
     try:
@@ -210,7 +211,7 @@ def _opened(source: str, reading: Reading) -> Any:
             return datasets.load_dataset("parquet", data_files=source, split="train")
         found = datasets.load_from_disk(source)
         return found[reading.split] if isinstance(found, datasets.DatasetDict) else found
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, KeyError, DatasetGenerationError) as error:
         raise LimbeckError(
             f"{source} cannot be opened: {error}", expected="a dataset", hint="see --split and --config"
         ) from None
