@@ -3,11 +3,11 @@
     python benchmarks/megatron_reading.py            # writes benchmarks/results/megatron_reading.json
 
 The file (Pythia's form: uint16, 2049 tokens to a stored sequence) is made in the folder for temporary files, then
-removed. Both readers serve the same 100,000 samples as numpy arrays, and every token of each is added up, so that it has
-really been read; the sums are compared. The first reader is `MegatronDataset`, ids checked against the vocabulary. The second
-seeks, unpacks its bytes into a list, checks the list, and makes an array of it. Times are of the clock, the file in the
-system's cache, least of three rounds that take turns. Memory is what the process alone holds (anonymous pages): mapped
-pages of the file are the system's to take back.
+removed. Both readers serve the same 100,000 samples as numpy arrays, and every token of each is added up, so that it
+has really been read; the sums are compared. The first reader is `MegatronDataset`, ids checked against the vocabulary.
+The second seeks, unpacks its bytes into a list, checks the list, and makes an array of it. Times are of the clock, the
+file in the system's cache, least of three rounds that take turns. Memory is what the process alone holds (anonymous
+pages): mapped pages of the file are the system's to take back.
 """
 
 import array
