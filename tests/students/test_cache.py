@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from limbeck import LimbeckError
 from limbeck.students import RecurrentLayer, StudentCache
+from limbeck.students.families.family import CACHE
 
 
 @torch.no_grad()
@@ -33,6 +34,19 @@ def test_a_copy_of_the_cache_is_a_point_to_go_back_to(make_student, family, keep
     point = copy.deepcopy(cache)
     first = student(tokens[:, 8:], past_key_values=cache).logits
     assert torch.equal(student(tokens[:, 8:], past_key_values=point).logits, first)
+
+
+@torch.no_grad()
+def test_a_cache_is_taken_under_both_its_names(make_student, family, keep, tokens):
+    """Models call it `past_key_values` up to transformers 5.23 and `cache` from then on; dropped, the state is lost."""
+    student = make_student(family, keep)
+    for model in (student, student.base_model):
+        whole = model(tokens)[0][:, 8:]
+        for name in {CACHE, "past_key_values"}:
+            cache = StudentCache(student.config)
+            model(tokens[:, :8], **{name: cache})
+            torch.testing.assert_close(model(tokens[:, 8:], **{name: cache})[0], whole, rtol=1e-5, atol=1e-5)
+            assert cache.get_seq_length() == tokens.shape[1]
 
 
 def test_the_state_does_not_grow(make_student, family):

@@ -26,6 +26,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import output_capturing
 
 from limbeck.students import FAMILIES, attention_of, blocks
+from limbeck.students.families.family import CACHE as NAME_OF_CACHE
 from tiny import tiny_teacher
 
 MODELING, CACHE, FAMILY, OBSERVE = (
@@ -81,6 +82,7 @@ def test_arguments_that_are_named_or_counted():
         "generation_mode",
     ], f"students put their cache into model_kwargs: {MODELING}"
     assert "config" in parameters(DynamicCache.__init__), CACHE
+    assert NAME_OF_CACHE in parameters(GenerationMixin.prepare_inputs_for_generation), FAMILY
     assert "overwrite" in parameters(conversion_mapping.register_checkpoint_conversion_mapping), MODELING
 
 
@@ -122,6 +124,8 @@ def test_attention_is_called_as_families_say(teacher):
     attention.register_forward_hook(remember, with_kwargs=True)
     teacher(torch.ones(1, 3, dtype=torch.long), use_cache=True, limbeck_of_ours=1)
     where = f"{type(attention).__name__} is called in another way: see students/families/table.py"
+    for model in (family.backbone_class, family.causal_lm_class):
+        assert NAME_OF_CACHE in parameters(model.forward), f"{model.__name__} calls its cache otherwise: {FAMILY}"
     assert isinstance(called[family.cache_keyword], DynamicCache), where
     assert isinstance(called["output"], tuple), where
     assert len(called["output"]) == 2, where

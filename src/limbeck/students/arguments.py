@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from limbeck.errors import LimbeckError
 from limbeck.students.cache import StudentCache, check_cache
+from limbeck.students.families.family import CACHE
 
 PADDING = "limbeck_padding_mask"
 """The keyword under which the padding mask travels to the mixers; attention layers that stay ignore it."""
@@ -54,6 +55,8 @@ def with_mixer_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> d
     Raises:
         LimbeckError: For a cache, a mask or a combination that cannot work.
     """
+    if CACHE not in arguments and "past_key_values" in arguments:  # its name up to transformers 5.23
+        arguments[CACHE] = arguments.pop("past_key_values")
     inputs = arguments.get("input_ids")
     inputs = arguments.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
@@ -63,10 +66,10 @@ def with_mixer_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> d
     elif arguments.get("use_cache") is None:
         arguments["use_cache"] = model.config.use_cache
     _add_documents(arguments, inputs)
-    if arguments.get("past_key_values") is not None:
-        check_cache(arguments["past_key_values"])
+    if arguments.get(CACHE) is not None:
+        check_cache(arguments[CACHE])
     elif arguments["use_cache"]:
-        arguments["past_key_values"] = StudentCache(model.config)
+        arguments[CACHE] = StudentCache(model.config)
     if (mask := arguments.get("attention_mask")) is not None:
         arguments[PADDING] = token_columns(mask, inputs.shape[1]).to(inputs.device)
         if len(model.config.swapped_layers) == model.config.num_hidden_layers:
@@ -77,7 +80,7 @@ def with_mixer_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> d
 def _add_documents(arguments: dict[str, Any], inputs: Tensor) -> None:
     """Packed documents: mixers know them by seq_idx, kept attention by position_ids that start over."""
     seq_idx, positions = arguments.get("seq_idx"), arguments.get("position_ids")
-    mask, cache = arguments.get("attention_mask"), arguments.get("past_key_values")
+    mask, cache = arguments.get("attention_mask"), arguments.get(CACHE)
     if seq_idx is None:
         if positions is None or mask is not None or cache is not None or arguments["use_cache"]:
             return

@@ -147,14 +147,14 @@ def check_cache(cache: Any) -> None:
     """Refuse a cache that has no room for recurrent states.
 
     Args:
-        cache: What was given as `past_key_values`.
+        cache: What was given.
 
     Raises:
         LimbeckError: When it is not a `StudentCache`.
     """
     if not isinstance(cache, StudentCache):
         raise LimbeckError(
-            f"a student was given a {type(cache).__name__} as past_key_values",
+            f"a student was given a {type(cache).__name__} as its cache",
             expected="a StudentCache, with room for the states of its mixers (static and quantised caches have none)",
-            hint="leave past_key_values out, or pass limbeck.students.StudentCache(model.config)",
+            hint="leave it out, or pass limbeck.students.StudentCache(model.config)",
         )

@@ -23,6 +23,7 @@ from limbeck.mixers import Mixer, get_mixer
 from limbeck.students.arguments import PADDING, carry, with_mixer_arguments
 from limbeck.students.cache import RecurrentLayer, StudentCache, check_cache
 from limbeck.students.families import FAMILIES, STUDENT_PREFIX, Family, family_of
+from limbeck.students.families.family import CACHE
 from limbeck.students.initialise import reset_mixer
 from limbeck.students.loading import check_loaded
 
@@ -154,10 +155,10 @@ class StudentCausalLM(StudentModel, GenerationMixin):
                 expected="the student's own cache, which static, quantised and offloaded caches cannot replace",
                 hint="leave cache_implementation out",
             )
-        if (cache := model_kwargs.get("past_key_values")) is not None:
+        if (cache := model_kwargs.get(CACHE)) is not None:
             check_cache(cache)
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = StudentCache(self.config)
+            model_kwargs[CACHE] = StudentCache(self.config)
         return None
 
     def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> NoReturn:

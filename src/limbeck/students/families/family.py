@@ -1,14 +1,19 @@
 """What Limbeck must know of a family of Hugging Face causal language models, and the table they are entered into."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from limbeck.errors import LimbeckError
 from limbeck.mixers import AttentionWeights
+
+_CALLED_WITH = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _CALLED_WITH else "past_key_values"
+"""The name of the cache among the arguments of models: `past_key_values` up to transformers 5.23, then `cache`."""
 
 
 class AttentionShape(NamedTuple):
@@ -85,7 +90,7 @@ class Family:
     attention_weights: Callable[[Any, Any], AttentionWeights]
     attention: str = "self_attn"
     blocks: str = "layers"
-    cache_keyword: str = "past_key_values"
+    cache_keyword: str = CACHE
     carrier: str | None = None
     attention_shape: Callable[[Any], AttentionShape] = attention_shape
     not_carried: Callable[[Any], Sequence[str]] = _nothing_lost
