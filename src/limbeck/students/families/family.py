@@ -11,7 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from limbeck.errors import LimbeckError
 from limbeck.mixers import AttentionWeights
 
-_CALLED_WITH = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_INTERFACE: Any = GenerationMixin
+_CALLED_WITH = inspect.signature(_INTERFACE.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _CALLED_WITH else "past_key_values"
 """The name of the cache among the arguments of models: `past_key_values` up to transformers 5.23, then `cache`."""
 
