@@ -27,6 +27,7 @@ as exact as the log decays are.
 # Triton's launches and cdiv are not what pyright takes them for.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -381,6 +382,7 @@ class Launch(NamedTuple):
     warps: int = 4
 
 
+@functools.cache
 def launch_for(p: int, n: int, dtype: torch.dtype, card: Card) -> Launch:
     """The first of the table that fits the card's shared memory; what Hopper is given was measured on an H200."""
     bn, narrow, widest = padded(n), dtype.itemsize == 2, min(64, padded(p))
@@ -413,7 +415,12 @@ def _shared(launch: Launch, bn: int, size: int) -> int:
 
 def padded(width: int) -> int:
     """The width of a tile that holds this many columns, or the first tile of them."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _cdiv(a: int, b: int) -> int:
+    """A over b, rounded up; Triton's own takes microseconds."""
+    return -(-a // b)
 
 
 def segments_for(programs: int, chunks: int, card: Card) -> int:
@@ -436,9 +443,9 @@ class _Shape(NamedTuple):
     def of(cls, x: Tensor, B: Tensor) -> "_Shape":
         (b, l, h, p), n = x.shape, B.shape[-1]
         card = card_of(x)
-        launch = launch_for(p, n, x.dtype, card)
-        tiles, all_chunks = triton.cdiv(p, launch.bp), triton.cdiv(l, launch.q)
-        chunks = triton.cdiv(all_chunks, segments_for(b * h * tiles, all_chunks, card))
+        launch = launch_for(int(p), int(n), x.dtype, card)
+        tiles, all_chunks = _cdiv(p, launch.bp), _cdiv(l, launch.q)
+        chunks = _cdiv(all_chunks, segments_for(b * h * tiles, all_chunks, card))
         exact = x.dtype == torch.float32
         constants = {
             "P": p,
@@ -448,7 +455,7 @@ class _Shape(NamedTuple):
             "PRECISION": "ieee" if exact else "tf32",  # of products of float32 alone
             "EXACT": exact,
         }
-        return cls(launch, tiles, b * h, all_chunks, triton.cdiv(all_chunks, chunks), chunks, constants)
+        return cls(launch, tiles, b * h, all_chunks, _cdiv(all_chunks, chunks), chunks, constants)
 
     def walk(self, segments: int, stages: int) -> tuple[tuple[int, int], dict[str, Any]]:
         """The grid of a walk of so many segments, and how it is launched."""
@@ -486,8 +493,8 @@ def _forward(
     y, last, w, states = outputs = _shapes(x, log_decay, B, C, initial_state, fresh, keep)
     x, B, C = (_rows_whole(tensor) for tensor in (x, B, C))
     b, l, h = log_decay.shape
-    heads = min(32, triton.next_power_of_2(h))
-    ssd_summed[shape.all_chunks, triton.cdiv(h, heads), b](
+    heads = min(32, padded(h))
+    ssd_summed[shape.all_chunks, _cdiv(h, heads), b](
         log_decay, _or(fresh, x), w, *log_decay.stride(), l, h, w.stride(0),
         HAS_FRESH=fresh is not None, Q=shape.launch.q, HEADS=heads, EXACT=shape.constants["EXACT"],
     )  # fmt: skip
@@ -515,7 +522,7 @@ def _entering(shape: _Shape, x: Tensor, w: Tensor, B: Tensor, first: Tensor | No
         *_strides(x), *_strides(B), l, shape.chunks, shape.all_chunks, h, g, x.stride(1), B.stride(1),
         BACK=back, KEEP=False, HAS_ENTERING=False, **options,
     )  # fmt: skip
-    ssd_pass_on[shape.rows, triton.cdiv(p * n, 1024)](
+    ssd_pass_on[shape.rows, _cdiv(p * n, 1024)](
         states, totals, _or(first, x), shape.segments, shape.rows,
         BACK=back, HAS_FIRST=first is not None, SIZE=p * n, BLOCK=1024,
     )  # fmt: skip
@@ -543,11 +550,11 @@ def _backward(
         *_strides(dy), *_strides(C), l, shape.chunks, shape.all_chunks, h, g, dy.stride(1), C.stride(1),
         BACK=True, KEEP=True, HAS_ENTERING=entering is not None, **options,
     )  # fmt: skip
-    tiles, span = triton.cdiv(p, shape.launch.bp_back), shape.launch.span
+    tiles, span = _cdiv(p, shape.launch.bp_back), shape.launch.span
     dx = x.new_empty(b, l, h, p)
     da = w.new_empty(tiles, b, l, h)
     dB, dC = (x.new_empty(tiles, b, l, h, n) for _ in range(2))
-    ssd_gradients[h * tiles, triton.cdiv(shape.all_chunks, span), b](
+    ssd_gradients[h * tiles, _cdiv(shape.all_chunks, span), b](
         dy, x, w, B, C, _or(fresh, x), states, dstates, dx, da, dB, dC,
         *_strides(dy), *_strides(x), *_strides(B), *_strides(C), l, shape.all_chunks,
         h, g, dy.stride(1), x.stride(1), B.stride(1), C.stride(1),
@@ -590,8 +597,8 @@ def _shapes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the last state, w and, kept for the backward, the states that enter the chunks."""
     (b, l, h, p), n = x.shape, B.shape[-1]
-    q = launch_for(p, n, x.dtype, card_of(x)).q
-    chunks = triton.cdiv(l, q)
+    q = launch_for(int(p), int(n), x.dtype, card_of(x)).q  # widths are never symbolic
+    chunks = _cdiv(l, q)
     y, last = x.new_empty(b, l, h, p), log_decay.new_empty(b, h, p, n)
     w = log_decay.new_empty(2 if x.dtype == torch.float32 else 1, b, h, chunks * q)
     return y, last, w, x.new_empty(b, h, chunks if keep else 0, n, p)
