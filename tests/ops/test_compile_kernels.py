@@ -20,6 +20,7 @@ WIDEST = [  # cases that hold every kernel once, each at about the most shared m
     "causal_conv:bf16 k 8, all options",
     "gated_skip:bf16 Phi-1.5",
     "mixer_step:bf16 widest",
+    "selective_scan:bf16 n 64",
     "linear_kl:bf16 kl ce bias softcap",
 ]
 

@@ -3,7 +3,8 @@
     S_t = exp(Δ_t · A) ∘ S_{t-1} + (Δ_t · x_t) ⊗ B_t        y_t = S_t · C_t
 
 (Mamba, arXiv 2312.00752.) This is the door: shapes, number types, the choice of backend. The computation is in
-`selective_scan_reference.py`. The skip D·x and the gate are the mixer's.
+`selective_scan_reference.py`, readable, and in `selective_scan_triton.py`, for CUDA. The skip D·x and the gate are the
+mixer's.
 """
 
 from typing import Literal, overload
@@ -12,13 +13,17 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
-from limbeck.ops.checks import check_backend, check_seq_idx, check_shapes, wide_dtype, without_autocast
+from limbeck.ops.backends import choose_backend
+from limbeck.ops.checks import check_seq_idx, check_shapes, wide_dtype, without_autocast
 from limbeck.ops.selective_scan_reference import selective_scan_chunked, selective_scan_step_reference
 
 CHUNK_SIZE = 16
 """Tokens in a chunk of the reference backend: the fastest on a CPU (benchmarks/mamba_cpu.py)."""
 
-Backend = Literal["auto", "reference"]
+WIDEST_STATE = 64
+"""The largest d_state that the kernels take."""
+
+Backend = Literal["auto", "reference", "triton"]
 
 
 @overload
@@ -65,7 +70,8 @@ def selective_scan(
     """Run a selective state-space model along the sequence.
 
     Differentiable once in every floating input. Computed in float32, under autocast too, or in float64 when an input
-    is. The backward keeps one state per chunk and computes the others again.
+    is. One state per chunk of tokens is kept for the backward, the others are computed again; the kernels keep it in
+    bfloat16 when x is bfloat16 or float16.
 
     Args:
         x: (b, l, c), the channels' inputs.
@@ -76,21 +82,27 @@ def selective_scan(
         initial_state: (b, c, n), the state before the first token, of the first document; zero by default.
         return_state: Whether to return the state after the last token, of the last document, as well.
         seq_idx: (b, l) integer, non-decreasing document ids; the state never crosses a change of id.
-        chunk_size: Tokens computed together; by default what is fastest.
-        backend: ``"auto"`` chooses by device, dtype and shape; ``"reference"`` is plain torch.
+        chunk_size: Tokens that the reference computes together; by default what is fastest.
+        backend: ``"auto"`` chooses by device, dtype and shape; ``"reference"`` is plain torch; ``"triton"``.
 
     Returns:
         y, (b, l, c) in x's dtype, or (y, state) with the state (b, c, n) in float32 or float64.
 
     Raises:
-        LimbeckError: When a shape or dtype does not fit, or the backend is unknown.
+        LimbeckError: When a shape or dtype does not fit, or the backend is unknown or cannot run.
     """
-    check_backend("selective_scan", backend, ("auto", "reference"))
     sizes = _check_scan("b l", x=x, delta=delta, A=A, B=B, C=C, initial_state=initial_state)
     check_seq_idx("selective_scan", seq_idx, sizes["b"], sizes["l"])
     if chunk_size is not None and chunk_size < 1:
         raise LimbeckError(f"selective_scan was given chunk_size {chunk_size}", expected="1 or more, or None")
     wide = wide_dtype(x, delta, A, B, C, initial_state)
+    n = sizes["n"]
+    unsupported = str(wide) if wide == torch.float64 else f"d_state {n}" if n > WIDEST_STATE else None
+    if choose_backend("selective_scan", backend, x, unsupported) == "triton":
+        from limbeck.ops.selective_scan_triton import selective_scan_triton
+
+        y, state = selective_scan_triton(x, delta, A, B, C, initial_state, seq_idx)
+        return (y, state) if return_state else y
     with without_autocast(x):
         y, state = selective_scan_chunked(
             x.to(wide),
