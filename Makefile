@@ -6,6 +6,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+# lm-eval needs these, which come as source only.
+INSTALL := install --only-binary :all: --no-binary sqlitedict,rouge-score,word2number
 CPU_ONLY := not gpu and not multigpu
 # One thread to each test worker: tiny models are slower on many.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -23,8 +25,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is older than Python 3.11: make PYTHON=python3.12 …" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade --constraint constraints.txt pip
-	$(PIP) install --only-binary :all: --constraint constraints.txt torch hatchling editables
-	$(PIP) install --only-binary :all: --constraint constraints.txt --no-build-isolation --editable . --group dev
+	$(PIP) $(INSTALL) --constraint constraints.txt torch hatchling editables setuptools
+	$(PIP) $(INSTALL) --constraint constraints.txt --no-build-isolation --editable . --group dev
 	touch $@
 
 demo: install ## train a small teacher, distil it, compare; options: make demo ARGS="--seed 1"
@@ -59,8 +61,8 @@ imports: install ## check the arrows between the rooms
 constraints: ## pin anew: the newest of all that pyproject.toml allows, torch as it is
 	rm -rf build/pins && $(PYTHON) -m venv build/pins
 	build/pins/bin/python -m pip install --quiet --upgrade pip
-	build/pins/bin/python -m pip install --only-binary :all: $$(grep '^torch==' constraints.txt) hatchling editables
-	build/pins/bin/python -m pip install --only-binary :all: --no-build-isolation --editable . --group dev
+	build/pins/bin/python -m pip $(INSTALL) $$(grep '^torch==' constraints.txt) hatchling editables setuptools
+	build/pins/bin/python -m pip $(INSTALL) --no-build-isolation --editable . --group dev
 	grep '^#' constraints.txt > build/constraints.txt
 	build/pins/bin/python -m pip freeze --all --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' \
 		>> build/constraints.txt

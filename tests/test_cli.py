@@ -236,7 +236,7 @@ def test_recipes(good, good_json, recipe):
 
 
 def test_figures_that_are_not_finite_are_null_in_json(capsys):
-    limbeck_cli._print_json({"perplexity": float("inf"), "all": [float("nan"), 1.5, (2, None)], "name": "ü"})
+    limbeck_cli.options.print_json({"perplexity": float("inf"), "all": [float("nan"), 1.5, (2, None)], "name": "ü"})
     assert capsys.readouterr().out == '{"perplexity": null, "all": [null, 1.5, [2, null]], "name": "ü"}\n'
 
 

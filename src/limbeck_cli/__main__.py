@@ -1,0 +1,5 @@
+"""`python -m limbeck_cli`."""
+
+from limbeck_cli import main
+
+main()
