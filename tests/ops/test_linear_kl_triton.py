@@ -214,7 +214,8 @@ def test_on_a_gpu_a_student_close_to_its_teacher(poisoned):
     teacher = Head((student.weight.float() * (1 + 0.01 * torch.randn_like(student.weight))).bfloat16())
     inputs = (states.bfloat16(), student, states.bfloat16(), teacher, None, None)
     compare(inputs, torch.bfloat16, 1e-2, ce_weight=0.0)
-    assert not run((states.bfloat16(), student, states.bfloat16(), student, None, None), ce_weight=0.0)[0].any()
+    same = run((states.bfloat16(), student, states.bfloat16(), student, None, None), ce_weight=0.0)[0]
+    assert same.abs() < 1e-6  # two sums of the same numbers, in the order of two reads
 
 
 @pytest.mark.gpu
