@@ -9,6 +9,10 @@ from torch import Tensor
 from limbeck.errors import LimbeckError, unknown
 
 
+# Asked once: torch 2.11 cannot compile the question.
+_WITH_AUTOCAST = {device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)}
+
+
 def check_shapes(operator: str, tensors: Mapping[str, tuple[Tensor, str]]) -> dict[str, int]:
     """Check that all tensors fit one reading of the dimension letters.
 
@@ -85,4 +89,4 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Switch autocast off on the tensor's device, so that float32 products stay float32."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in _WITH_AUTOCAST else nullcontext()
