@@ -36,8 +36,8 @@ class _SumOfShifts(torch.autograd.Function):
         taps = weight.mT.contiguous()  # (k, c)
         k, l = len(taps), window.shape[1] - len(taps) + 1
         y = window[:, k - 1 :] * taps[-1]  # (b, l, c)
-        for j in range(k - 1):
-            y.addcmul_(_reachable(window[:, j : j + l], seq_idx, k - 1 - j), taps[j])
+        for j in range(k - 1):  # not in place: torch 2.11 then compiles a wrong backward
+            y = torch.addcmul(y, _reachable(window[:, j : j + l], seq_idx, k - 1 - j), taps[j])
         return y
 
     @staticmethod
