@@ -106,13 +106,15 @@ def arm(kill: str):
     from limbeck.training import checkpoint, tracking
 
     what, *rest = kill.split() or [""]
+    if what == "SIGINT":  # a shell starts what runs in the background with this signal ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def batches(stage: str, step: int):
         if what == "batch" and rest == [stage, str(step)]:
             die()
         if what.startswith("SIG") and stage == "matrix" and step == int(rest[0]):
             for _ in range(int(rest[1])):
-                signal.raise_signal(getattr(signal, what))  # to this thread: two sent to a process may become one
+                os.kill(os.getpid(), getattr(signal, what))
         return micro_batches(step)
 
     if what == "update":
