@@ -88,14 +88,15 @@ def test_state_and_steps_are_those_of_transformers(pair):
     config, theirs, ours = pair
     inputs = torch.randn(2, 11 + 32, WIDTH)
     cache = DynamicCache(config=config)
-    expected = theirs(inputs[:, :11], cache_params=cache)
+    cache_keyword = "cache" if "cache" in inspect.signature(theirs.forward).parameters else "cache_params"
+    expected = theirs(inputs[:, :11], **{cache_keyword: cache})
     found, state = ours(inputs[:, :11], return_state=True)
     torch.testing.assert_close(found, expected, **FORWARD)
     for t in range(11, 11 + 32):
         conv, recurrent = states_of(cache)
         torch.testing.assert_close(state.conv, conv[..., 1:], **FORWARD)
         torch.testing.assert_close(state.recurrent, recurrent, **FORWARD)
-        expected = theirs(inputs[:, t : t + 1], cache_params=cache)
+        expected = theirs(inputs[:, t : t + 1], **{cache_keyword: cache})
         found, state = ours.step(inputs[:, t], state)
         torch.testing.assert_close(found, expected[:, 0], **FORWARD)
 
