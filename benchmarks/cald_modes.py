@@ -2,7 +2,8 @@
 
 The teacher is a GPT-NeoX of half a million parameters, trained here on Python's standard library; its attention is
 swapped for random Mamba mixers, as published, and every mode runs through `limbeck distill` with its own recipe and the
-sizes below. Three seeds each: of the mixers' start and of the order of samples.
+sizes below, from a Megatron token file (.idx and .bin) as Pythia's are. Three seeds each: of the mixers' start and of
+the order of samples.
 
     OMP_NUM_THREADS=1 python benchmarks/cald_modes.py [FOLDER]
 
@@ -25,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from limbeck.data import BatchSampler, TokenDataset, collate, micro_batches
+from limbeck.data import BatchSampler, MegatronWriter, TokenDataset, collate, micro_batches
 from limbeck.demo.corpus import write_corpus
 from limbeck.demo.folder import Folder
 from limbeck.demo.teacher import teacher_config
@@ -110,13 +111,25 @@ def train_teacher(folder: Folder) -> None:
         tokenizer.save_pretrained(work)
 
 
+def token_file(folder: Folder) -> Path:
+    """Write the training text as a Megatron token file, one stored sequence to a document; its prefix."""
+    prefix = folder.path / "corpus" / "document"
+    if not prefix.with_suffix(".idx").exists():
+        tokens = folder.tokens("training")
+        with MegatronWriter(prefix, vocab_size=teacher_config().vocab_size) as writer:
+            for document in np.split(tokens, np.flatnonzero(tokens == teacher_config().eos_token_id) + 1):
+                if len(document):
+                    writer.add(document)
+    return prefix
+
+
 def distil(folder: Folder, mode: str, seed: int) -> Path:
     """Run `limbeck distill` in a process of its own."""
     output = folder.path / f"{mode}-{seed}"
     settings = SETTINGS | own_settings(mode, folder.path) | {"student.seed": seed, "data.seed": seed}
     changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    data = folder.path / "corpus" / "training.npy"
-    command = ["distill", f"cald-{mode}", "--teacher", folder.path / "teacher", "--data", data, "--output", output]
+    given = ["--teacher", folder.path / "teacher", "--data", folder.path / "corpus" / "document", "--output", output]
+    command = ["distill", f"cald-{mode}", *given]
     done = subprocess.run(
         [sys.executable, "-m", "limbeck_cli", *map(str, command), *changes, "--device", "cpu"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -145,6 +158,7 @@ def main() -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     write_corpus(folder, seed=0)
     train_teacher(folder)
+    token_file(folder)
     tasks = [(mode, seed) for seed in SEEDS for mode in MODES]
     with ThreadPoolExecutor(2) as pool:
         students = dict(zip(tasks, pool.map(lambda task: distil(folder, *task), tasks), strict=True))
