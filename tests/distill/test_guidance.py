@@ -39,6 +39,7 @@ def test_nobody(make_teacher, make_student, tokens):
     assert step(batch_of(tokens)).keys() == {"loss", "ce"}
 
 
+@pytest.mark.slow
 def test_a_target_is_loaded_once_and_really_freed(make_teacher, make_student, loads, tokens):
     step = GuidedStep(make_student(make_teacher()), LayerwiseObjective(), TargetGuide(loads, until=3))
     assert not loads.made
@@ -55,6 +56,7 @@ def test_a_resumed_run_after_the_switch_loads_nothing(make_teacher, make_student
     assert not loads.made
 
 
+@pytest.mark.slow
 def test_waypoints_one_at_a_time_each_for_its_share(make_teacher, loads):
     asked = []
 

@@ -162,6 +162,7 @@ def test_copies_and_pickles():
         assert torch.equal(twin(inputs), mixer(inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing does
 def test_compiles_without_a_graph_break():
     mixer = make_mixer()

@@ -131,6 +131,7 @@ def test_mamba2_keeps_every_law(options):
     check_mixer(Mamba2, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", [Mamba(32), Mamba2(32)], ids=["mamba", "mamba2"])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing does
 def test_compiles_without_a_graph_break(mixer):

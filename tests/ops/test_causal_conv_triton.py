@@ -87,6 +87,7 @@ def test_options(options, poisoned):
     compare(draw(19, **options), torch.float32, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "k"), [(2, 4), (19, 4), (9, 8)])
 def test_all_options_over_many_spans(length, k, spans, poisoned):
     drawn = draw(length, k=k, widths=(9, 3), state=True, documents=True, padding=True)

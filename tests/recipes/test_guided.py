@@ -138,6 +138,7 @@ def checkpoints_of(output):
 # --- who is followed when -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "until"), [("none", 0), ("target", 10), ("hybrid", 5), ("trajectory", 7), ("waypoint", 9), ("frozen", 5)]
 )

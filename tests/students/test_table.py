@@ -270,6 +270,7 @@ def test_a_layer_swapped_shows(family, way, tokens):
 # --- what is particular to some families ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing does
 def test_a_carried_mask_is_the_one_of_its_own_call(tokens):
     """StableLM's blocks drop our keywords; what carries them stays an argument, compiled and recomputed too."""

@@ -167,6 +167,7 @@ def compiled():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["discrete-mamba2", "mamba", "mamba2"])
 def test_a_mixer_is_one_graph(mixer, compiled):
     module = mixers(student_of("llama", mixer=mixer))[0]

@@ -91,6 +91,7 @@ def test_killed_and_resumed_equals_uninterrupted(moment, uninterrupted, tmp_path
     assert not list(tmp_path.glob("*/.*"))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(uninterrupted, tmp_path):
     for moment in MOMENTS:
         run(tmp_path, moment)
