@@ -8,7 +8,6 @@ from torch import Tensor
 
 from limbeck.errors import LimbeckError, unknown
 
-
 # Asked once: torch 2.11 cannot compile the question.
 _WITH_AUTOCAST = {device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)}
 
