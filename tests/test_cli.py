@@ -206,6 +206,54 @@ def test_evaluate(good, good_json, teacher_folder, student_folder, text_file):
     assert re.search(r"^perplexity +[\d.]+$", out, re.MULTILINE)
 
 
+def test_evaluate_in_detail(good, good_json, teacher_folder, student_folder, text_file, tmp_path):
+    options = ("--data", text_file, "--sequence-length", "32", "--samples", "4", "--device", "cpu")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    more = ("--teacher", teacher_folder, "--stride", "16", "--save-to", run)
+    figures = good_json("evaluate", student_folder, *more, *options)
+    assert figures["bits_per_byte"] > 0
+    assert [(part["from"], part["to"]) for part in figures["by_position"]] == [(0, 16), (16, 32)]
+    assert json.loads((run / "evaluation" / "text.json").read_text()) == figures
+    both = good_json("evaluate", student_folder, teacher_folder, *options)
+    assert [one["model"] for one in both["models"]] == [str(student_folder), str(teacher_folder)]
+    out = good("evaluate", student_folder, "--details", *options)
+    assert re.search(r"^ +16 … 32 +nll [\d.]+$", out, re.MULTILINE)
+
+
+def test_evaluate_on_tasks(good, good_json, teacher_folder, student_folder, text_file, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "tasks").mkdir()
+    rows = [{"text": f"number {i} is", "choices": [" still", " glass"], "answer": i % 2} for i in range(6)]
+    (tmp_path / "tasks" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tasks" / "pick.yaml").write_text(
+        f"task: pick\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs:\n  data_files: {{test: {tmp_path}/tasks/rows.jsonl}}\n"
+        "doc_to_text: text\ndoc_to_choice: choices\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n"
+    )
+    options = ["--tasks", "pick", "--teacher", teacher_folder, "--device", "cpu", "--cache", tmp_path / "scores"]
+    options += ["--include-path", tmp_path / "tasks", "--limit", "4"]
+    table = good("evaluate", student_folder, teacher_folder, *options)
+    assert [line.split()[-1] for line in table.splitlines()[:2]] == ["mean", "acc"]
+    assert len(table.splitlines()) in (4, 5)  # no recovery where the teacher's score is zero
+    found = good_json("evaluate", student_folder, *options, "--cached-only")
+    assert [(row["name"], row["role"]) for row in found["models"]] == [
+        (str(teacher_folder), "teacher"),
+        (str(student_folder), "student"),
+    ]
+    assert found["models"][1]["scores"]["pick"]["samples"] == 4
+    assert good("evaluate", student_folder, *options, "--cached-only", "--format", "csv").startswith(
+        "model,role,figure"
+    )
+    text = ("--data", text_file, "--sequence-length", "32", "--samples", "2")
+    both = good_json("evaluate", student_folder, *options, *text)
+    assert both["models"] == found["models"]
+    assert [one["tokens"] for one in both["text"]] == [64]
+
+
 def test_generate(good, good_json, student_folder):
     out = good("generate", student_folder, "the old word", "--max-new-tokens", "5")
     assert out.startswith("the old word")
@@ -371,6 +419,13 @@ def test_values_out_of_range(refused, distill, student_folder, text_file):
     assert "unknown dtype" in refused("generate", student_folder, "a", "--dtype", "float8")
     assert "temperature" in refused("generate", student_folder, "a", "--temperature", "-1")
     assert "batch_size" in refused("evaluate", student_folder, "--data", text_file, "--batch-size", "0")
+    assert "nothing to evaluate on" in refused("evaluate", student_folder)
+    assert "stride = 0" in refused("evaluate", student_folder, "--data", text_file, "--stride", "0")
+    assert "unknown format" in refused("evaluate", student_folder, "--data", text_file, "--format", "html")
+    assert "--save-to without" in refused("evaluate", student_folder, "--tasks", "piqa", "--save-to", "run")
+    assert "holds no run" in refused(
+        "evaluate", student_folder, "--data", text_file, "--sequence-length", "32", "--samples", "1", "--save-to", "run"
+    )
     assert "without a single update" in distill("--tokens", "10")
 
 

@@ -84,6 +84,7 @@ def test_the_whole_demo(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "load_recipe", lambda _: small)
 
     result = demo.demo(tmp_path / "demo", seeds=2, workers=1)
+    assert "student, after hidden" in (tmp_path / "demo" / "report.html").read_text()
     rows = result.perplexity
     assert list(rows)[:4] == ["unigram", "without attention", "teacher", "student, converted"]
     assert list(rows)[4:] == [*(f"student, after {name}" for name in small.stages), "control, logits only"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from limbeck import LimbeckError
-from limbeck.devices import DTYPES, choose_device, choose_dtype
+from limbeck.devices import DTYPES, choose_device, choose_dtype, environment
 
 
 def test_by_default_a_gpu_if_there_is_one(monkeypatch):
@@ -28,3 +28,10 @@ def test_number_formats():
     assert [choose_dtype(name) for name in DTYPES] == list(DTYPES.values())
     with pytest.raises(LimbeckError, match="did you mean 'bfloat16'"):
         choose_dtype("bfloat")
+
+
+def test_the_environment_is_plain_words():
+    found = environment(torch.device("cpu"))
+    assert {"limbeck", "python", "torch", "transformers", "system", "device"} <= found.keys()
+    assert found["torch"].startswith("2.")
+    assert "threads" in found["device"]

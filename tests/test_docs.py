@@ -235,6 +235,7 @@ def kind(annotation):
         ("as_tuple", "array"),
         ("as_names", "array"),
         ("dict", "table"),
+        ("Expect", "table"),
         ("bool", "true, false"),
         ("whole", "integer"),
         ("int |", "amount"),

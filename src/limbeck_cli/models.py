@@ -14,7 +14,13 @@ def convert(
     source: Annotated[str, typer.Argument(help="The teacher: a folder or a hub id.")],
     destination: Annotated[Path, typer.Argument(help="Folder for the student; must be new or empty.")],
     mixer: Annotated[str, typer.Option(help="What takes the place of attention.")] = "discrete-mamba2",
-    keep_attention: Annotated[str, typer.Option(help="Layers that keep attention, from 0, such as 4,10,16,22.")] = "",
+    keep_attention: Annotated[
+        str, typer.Option(help="Layers that keep attention, from 0, such as 4,10,16,22; or auto:4, with --data.")
+    ] = "",
+    data: Annotated[Path | None, typer.Option(help="Text on which auto:4 scores the layers.")] = None,
+    scored_by: Annotated[
+        str | None, typer.Option(help="An aligned student that auto:4 scores.  [default: one that learned nothing]")
+    ] = None,
     init: Annotated[str, typer.Option(help="How mixers start: attention, identity or random.")] = "attention",
     settings: Settings = None,
     seed: Annotated[int, typer.Option(help="Seed of the mixers' random numbers.")] = 0,
@@ -27,7 +33,9 @@ def convert(
     from limbeck import convert_folder
 
     options = _mixer_options(settings or [])
-    report = convert_folder(source, destination, mixer, _layers(keep_attention), init, options, seed)  # type: ignore[arg-type]
+    start = {"mixer": mixer, "init": init, "mixer_kwargs": options, "seed": seed}
+    kept = _kept_layers(keep_attention, source, destination, data, scored_by, start)
+    report = convert_folder(source, destination, keep_attention=kept, **start)
     if as_json:
         print_json({"destination": str(destination), **asdict(report)})
     else:
@@ -109,7 +117,38 @@ def _mixer_options(settings: list[str]) -> dict[str, Any]:
     return options
 
 
-def _layers(text: str) -> list[int]:
+def _kept_layers(
+    keep_attention: str, source: str, destination: Path, data: Path | None, scored_by: str | None, start: dict[str, Any]
+) -> list[int]:
+    """The layers that keep attention: given as numbers, or found by their scores."""
+    from limbeck.errors import LimbeckError
+    from limbeck.evaluation import auto_count, choose_layers, score_folder
+    from limbeck.progress import say
+    from limbeck.students import check_destination, load_config
+
+    count = auto_count(keep_attention)
+    if count is None:
+        for name, value in (("--data", data), ("--scored-by", scored_by)):
+            if value is not None:
+                raise LimbeckError(f"{name} without scores to take", expected="it beside --keep-attention auto:4")
+        return layer_numbers(keep_attention, "--keep-attention")
+    if data is None:
+        raise LimbeckError(
+            f"--keep-attention {keep_attention} without text to score the layers on",
+            expected="--data with text (.txt, .md, .py, .jsonl, a folder) or a token file",
+            hint="limbeck score-layers shows the scores alone",
+        )
+    check_destination(destination)
+    if scored_by is None:
+        say("layers are scored by a student that has learned nothing: --scored-by takes one that is aligned")
+    elif getattr(config := load_config(scored_by), "swapped_layers", ()) != list(range(config.num_hidden_layers)):
+        raise LimbeckError(f"{scored_by} has layers with attention", expected="a student with a mixer in every layer")
+    scores = score_folder(source, scored_by, data, convert_options=start)
+    say("\n".join(f"layer {score.layer}: KL falls by {score.gain:.4g} to {score.kl:.4g}" for score in scores))
+    return choose_layers(scores, count)
+
+
+def layer_numbers(text: str, option: str) -> list[int]:
     """Read ``4,10,16,22``."""
     from limbeck.errors import LimbeckError
 
@@ -117,5 +156,5 @@ def _layers(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise LimbeckError(
-            f"--keep-attention {text!r}", expected="layer numbers with commas", hint="--keep-attention 4,10,16,22"
+            f"{option} {text!r}", expected="layer numbers with commas", hint=f"{option} 4,10,16,22"
         ) from None

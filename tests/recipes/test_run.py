@@ -109,6 +109,8 @@ def test_the_seals(finished):
         content = (folder / "model.safetensors").read_bytes()
         assert seal["weights"] == {"model.safetensors": hashlib.sha256(content).hexdigest()}
     assert stage_file(finished.output, "1-matrix")["steps"] == 4
+    assert [row["name"] for row in stage_file(finished.output, "1-matrix")["learns"]][-1] == "frozen"
+    assert stage_file(finished.output, "3-logits")["environment"]["device"].startswith("cpu")
     assert stage_file(finished.output, "3-logits")["tokens"] == 384
     assert digests(finished.student) == digests(finished.stages["logits"])
 

@@ -8,6 +8,7 @@ Everything lies under one folder, and a demo that was interrupted goes on where 
       without-attention/    the same network with its mixers put to zero, trained on as many tokens
       seed-0/mohawk/        a run of the three stages; seed-0/logits-only/ spends the same tokens on the last alone
       results.json          every figure of the table
+      report.html           the same as a page, with the curves (with the extra `report`)
       log.txt               what the working processes had to say
 """
 
@@ -29,6 +30,7 @@ from limbeck.files import write_text
 from limbeck.progress import say
 from limbeck.recipes import Recipe, distill, load_recipe
 from limbeck.recipes.folder import RunFolder
+from limbeck.report import can_report, write_report
 
 __all__ = ["DemoResult", "NoMixer", "demo", "teacher_config", "train_tokenizer"]
 
@@ -71,6 +73,10 @@ def demo(output: str | Path = "runs/demo", *, seed: int = 0, seeds: int = 3, wor
         say("evaluating on the held-out files")
         result = compare(folder, recipe, [seed + i for i in range(seeds)], pool, started)
     write_text(folder.path / "results.json", json.dumps(result.as_json(), indent=1))
+    if can_report():
+        say(f"report in {write_report(folder.path)[0]}")
+    else:
+        say("no report.html: pip install 'limbeck[report]', then limbeck report " + str(folder.path))
     return result
 
 

@@ -3,14 +3,16 @@
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.data import BatchSampler, Samples, collate, micro_batches
+from limbeck.devices import environment
 from limbeck.distill import WHOLE_MODEL, GuidedStep, StageStep, make_objective, mixer_parameters
 from limbeck.evaluation import agreement, perplexity
 from limbeck.mixers import Mixer
@@ -68,8 +70,9 @@ class Driver:
         student = load_model(start, dtype=torch.float32, device=self.device).train()
         step, companion = self._step(stage, student)
         optimizer = optimizer_of(step, stage)
+        learns = learning_summary(step, optimizer.param_groups)
         title = f"stage {name} ({stage.objective}): {stage.steps} updates of {stage.tokens_per_step:,} tokens"
-        console().print(learning_table(learning_summary(step, optimizer.param_groups), title=title))
+        console().print(learning_table(learns, title=title))
         every = stage.interval_of(self.recipe.evaluation.every) if self.samples.held_out else 0
         with MetricsLog(self.run.metrics) as metrics, _tf32(self.recipe.tf32):
             result = train_stage(
@@ -92,7 +95,8 @@ class Driver:
                 enter=step.enter if isinstance(step, GuidedStep) else None,
                 companion=companion,
             )
-        self._leave(index, name, start, step, result)
+        facts = {"learns": [asdict(row) for row in learns], "environment": environment(self.device)}
+        self._leave(index, name, start, step, result, facts)
 
     def _step(self, stage: AnyStage, student: PreTrainedModel) -> tuple[StageStep, Companion | None]:
         """What the stage trains, and what learns beside it."""
@@ -131,12 +135,14 @@ class Driver:
                 figures |= {"kl": close.kl, "top1": close.top1}
         return figures
 
-    def _leave(self, index: int, name: str, start: Path, step: StageStep, result: StageResult) -> None:
+    def _leave(
+        self, index: int, name: str, start: Path, step: StageStep, result: StageResult, facts: dict[str, Any]
+    ) -> None:
         """Publish the stage's student: the best weights where the held-out loss speaks of the whole, else the last."""
         best = step.objective.scope >= WHOLE_MODEL and result.best_path is not None
         if best:
             load_learned(step, result.best_path)  # type: ignore[arg-type]
-        facts = {"steps": result.steps, "tokens": result.tokens, "weights_of_step": result.steps}
+        facts = {"steps": result.steps, "tokens": result.tokens, "weights_of_step": result.steps, **facts}
         if best:
             facts |= {"weights_of_step": result.best_step, "held_out_loss": result.best_loss}
 

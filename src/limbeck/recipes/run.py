@@ -91,7 +91,7 @@ def distill(
 
     further = check_further_teachers(recipe, teacher_config)
     identity = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json", exclude={"stages": {"__all__": {"expect"}}}),
         "teacher": checkpoint_identity(teacher),
         "student": None if student is None else checkpoint_identity(student),
         "tokenizer": normal(tokenizer or teacher),

@@ -165,6 +165,8 @@ class Recipe(Table):
             table = values["stages"][name]
             table["tokens"] = stage.tokens * tokens // self.tokens
             new_steps = table["tokens"] // stage.tokens_per_step
+            if table["expect"]:
+                table["expect"]["end"] = None  # another number of updates ends elsewhere
             if table.get("guidance_until_tokens"):
                 table["guidance_until_tokens"] = table["guidance_until_tokens"] * tokens // self.tokens
             for key in stage.amounts:

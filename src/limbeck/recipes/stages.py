@@ -17,6 +17,21 @@ from limbeck.recipes.values import Amount, Count, LearningRate, Momentum, Names,
 from limbeck.training.schedule import Schedule, make_schedule
 
 Guidance = Literal["none", "target", "trajectory", "waypoint"]
+Range = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
+
+
+class Expect(Table):
+    """``expect``: between which values a healthy run's loss lies; `limbeck report` draws them, nothing else reads them.
+
+    They speak of ``matrix_per_layer``, ``hidden_per_layer``, ``kl``, or where there is none of these ``loss``.
+
+    Attributes:
+        start: Least and greatest value at the first update.
+        end: Least and greatest value at the last.
+    """
+
+    start: Range | None = None
+    end: Range | None = None
 
 
 class Stage(Table):
@@ -42,6 +57,7 @@ class Stage(Table):
         trainable: Narrows what learns to the mixers or the swapped blocks; left out, all that the objective reaches.
         freeze_steps: Amount of updates at the start in which the mixers learn alone.
         teacher: Folder or Hub id of this stage's teacher, where it is not the recipe's.
+        expect: Where a healthy run's loss lies, for ``limbeck report``: ``{start = [45, 60], end = [7, 12]}``.
     """
 
     tokens: Count
@@ -63,6 +79,7 @@ class Stage(Table):
     trainable: Literal["mixers", "blocks", "all"] | None = None
     freeze_steps: Amount = 0
     teacher: str | None = None
+    expect: Expect | None = None
 
     default_decay: ClassVar[Mapping[str, float]] = MappingProxyType({"wsd": 0.1, "cosine": 1.0, "constant": 0.0})
     amounts: ClassVar[tuple[str, ...]] = ("warmup", "decay", "checkpoint_every", "keep_every", "freeze_steps")

@@ -17,7 +17,7 @@ from limbeck.students.families import (
     plain_head,
     swapped_layers,
 )
-from limbeck.students.folders import Conversion, convert_folder
+from limbeck.students.folders import Conversion, check_destination, convert_folder
 from limbeck.students.initialise import Init
 from limbeck.students.loading import check_files, load_config, load_model, load_tokenizer
 from limbeck.students.modeling import StudentBackbone, StudentCausalLM, SwappedAttention, register_family
@@ -40,6 +40,7 @@ __all__ = [
     "backbone",
     "blocks",
     "cache_bytes",
+    "check_destination",
     "check_files",
     "convert_folder",
     "family_of",

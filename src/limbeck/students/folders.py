@@ -106,12 +106,7 @@ def convert_folder(
             their configuration, and for all that `convert` refuses.
     """
     target = Path(destination)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise LimbeckError(
-            f"{target} holds something already",
-            expected="a folder that does not exist or is empty",
-            hint="another name",
-        )
+    check_destination(target)
     teacher_config = load_config(source)
     config = student_config(teacher_config, mixer, keep_attention, init, mixer_kwargs)  # errors before weights
     folder = checkpoint_folder(source)
@@ -144,6 +139,23 @@ def convert_folder(
         report = json.dumps(asdict(conversion), indent=2, ensure_ascii=False)
         (work / "conversion.json").write_text(report + "\n", encoding="utf-8")
     return conversion
+
+
+def check_destination(folder: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Args:
+        folder: Where a student is to be written.
+
+    Raises:
+        LimbeckError: It exists and is not empty, or is no folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LimbeckError(
+            f"{folder} holds something already",
+            expected="a folder that does not exist or is empty",
+            hint="another name",
+        )
 
 
 class _Plan:

@@ -1,0 +1,82 @@
+"""The command that measures recall."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from limbeck_cli.options import Device, Dtype, Json, Teacher, app, plain, print_json, print_table
+
+Number = TypeVar("Number", int, float)
+
+
+@app.command()
+def recall(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Students or teachers: folders or hub ids.")],
+    teacher: Teacher = None,
+    tasks: Annotated[str, typer.Option(help="Some of mqar, copy, needle, repeat.")] = "mqar,copy,needle,repeat",
+    lengths: Annotated[str, typer.Option(help="Tokens of prompt and answer.")] = "256,1024",
+    depths: Annotated[str, typer.Option(help="Where needles are: 0 in front of the text, 1 behind it.")] = "0,0.5,1",
+    count: Annotated[int, typer.Option(help="Questions of each kind.")] = 32,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text to hide needles in, files or a folder.  [default: Python's standard library]"),
+    ] = None,
+    token_range: Annotated[
+        str | None,
+        typer.Option(help="First token id and the one after the last, of mqar, copy, repeat.  [default: all]"),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A folder or a hub id.  [default: the model's]")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed asks the same questions.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Questions that are answered together.")] = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    save_to: Annotated[
+        Path | None, typer.Option(help="A run's folder; the results become RUN/evaluation/recall.json.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask models for what stands in their prompt: associative recall, copying, needles in a text, repetition.
+
+    An answer counts when all of it is what greedy generation puts out; likelihood plays no part.
+    """
+    from limbeck.errors import LimbeckError
+    from limbeck.evaluation import RecallSettings, recall_by_name
+    from limbeck.files import write_text
+
+    bounds = None if token_range is None else _numbers("--token-range", token_range, int)
+    if bounds is not None and len(bounds) != 2:
+        raise LimbeckError(f"--token-range {token_range}", expected="two token ids", hint="--token-range 100,200")
+    if save_to is not None and not save_to.is_dir():
+        raise LimbeckError(f"no folder {save_to}", expected="a run's folder", hint="--save-to runs/mine")
+    settings = RecallSettings(
+        tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+        lengths=_numbers("--lengths", lengths, int),
+        depths=_numbers("--depths", depths, float),
+        count=count,
+        token_range=None if bounds is None else (bounds[0], bounds[1]),
+        text=text,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    found = recall_by_name(models, settings, teacher=teacher, tokenizer=tokenizer, device=device, dtype=dtype)
+    if save_to is not None:
+        (save_to / "evaluation").mkdir(exist_ok=True)
+        figures = json.dumps(plain(found.as_json()), indent=2, ensure_ascii=False, allow_nan=False)
+        write_text(save_to / "evaluation" / "recall.json", figures + "\n")
+    if as_json:
+        print_json(found.as_json())
+    else:
+        print_table(found.table())
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Read ``0,0.5,1``."""
+    from limbeck.errors import LimbeckError
+
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise LimbeckError(f"{option} {text!r}", expected="numbers with commas", hint=f"{option} 0,1") from None
