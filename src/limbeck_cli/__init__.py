@@ -6,10 +6,10 @@ to standard error; a mistake in what was given ends with exit code 2 and one mes
 
 import sys
 
-from limbeck_cli import evaluation, layers, models, recall, report, runs, tokens
+from limbeck_cli import bench, evaluation, layers, models, recall, report, runs, tokens
 from limbeck_cli.options import app
 
-__all__ = ["app", "evaluation", "layers", "main", "models", "recall", "report", "runs", "tokens"]
+__all__ = ["app", "bench", "evaluation", "layers", "main", "models", "recall", "report", "runs", "tokens"]
 
 
 def main() -> None:

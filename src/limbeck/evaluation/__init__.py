@@ -1,5 +1,6 @@
 """Evaluation: how well a model predicts held-out text, and how close a student is to its teacher."""
 
+from limbeck.evaluation.bench import Bench, BenchModel, BenchPoint, bench
 from limbeck.evaluation.harness import evaluate_tasks
 from limbeck.evaluation.inspect import Inspection, inspect_folder, inspect_matrices
 from limbeck.evaluation.layers import LayerScore, auto_count, choose_layers, score_folder, score_layers
@@ -23,6 +24,9 @@ __all__ = [
     "TASK_SETS",
     "TOKEN_TASKS",
     "Agreement",
+    "Bench",
+    "BenchModel",
+    "BenchPoint",
     "Inspection",
     "LayerScore",
     "Perplexity",
@@ -32,6 +36,7 @@ __all__ = [
     "TaskResults",
     "agreement",
     "auto_count",
+    "bench",
     "by_position",
     "choose_layers",
     "evaluate_on_text",

@@ -111,7 +111,7 @@ def _heat_map(results: Sequence[dict[str, Any]], title: str, model: str, kind: s
 def bench_figures(bench: dict[str, Any]) -> list[Figure]:
     """Speed and memory of every model against the context, at the smallest batch that was measured."""
     figures = []
-    batch = min(point["batch"] for model in bench["models"] for point in model["points"])
+    batch = min((point["batch"] for model in bench["models"] for point in model["points"]), default=0)
     kinds = model_kinds(bench["models"])
     for key, title, unit, scale in (
         ("step_seconds", "Time of one step", "ms", 1e3),

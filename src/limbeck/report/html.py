@@ -232,9 +232,14 @@ def _sources(run: RunFigures) -> list[tuple[str, str]]:
 
 
 def _save(found: RunFigures | DemoFigures, folder: Path) -> list[Path]:
-    """The key pictures: curves always, matrices where they were measured."""
+    """The key pictures: curves always, speed and matrices where they were measured."""
     run = next(iter(found.runs.values())) if isinstance(found, DemoFigures) else found
     pictures = {"curves": curves_picture(run)}
+    bench = run.evaluation.get("bench", {"models": []})
+    if any(model["points"] for model in bench["models"]):
+        from limbeck.report.bench import bench_chart
+
+        pictures["bench"] = bench_chart(bench)
     if "inspect" in run.evaluation:
         from limbeck.report.matrices import matrices_picture
 
