@@ -119,6 +119,7 @@ def page_folder(surroundings, tmp_path, monkeypatch):
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_python_blocks_run(page, page_folder):
     namespace = {"__name__": "__main__"}

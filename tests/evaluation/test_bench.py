@@ -52,6 +52,7 @@ def command(monkeypatch, capfd):
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_keys_and_values_grow_and_the_state_does_not(teacher, student):
     found = measure(student, teacher=teacher, contexts=(96, 16, 16), batches=(1, 3), **QUICK)  # 96: beyond its 64
     assert [(model.role, model.dtype, model.device) for model in found.models] == [
@@ -183,6 +184,7 @@ def test_no_model_and_no_such_model(teacher, tmp_path):
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command(command, folders, tmp_path):
     teacher, student = folders
     options = ("--contexts", "8,24", "--batches", "1,2", "--new-tokens", "2", "--seconds", "0", "--device", "cpu")

@@ -89,6 +89,7 @@ def figures(results):
     return [{task: score.value for task, score in model.scores.items()} for model in results.models]
 
 
+@pytest.mark.slow
 def test_by_name_by_python_and_the_harness_itself(score, local_tasks, teacher_folder, student_folder):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -115,6 +116,7 @@ def test_by_name_by_python_and_the_harness_itself(score, local_tasks, teacher_fo
         assert found.scores["still_choice"].stderr == pytest.approx(expected["still_choice"]["acc_stderr,none"])
 
 
+@pytest.mark.slow
 def test_the_size_of_a_batch_changes_nothing(score, teacher_folder, student_folder, tmp_path):
     asked = ["still_choice:acc", "still_choice:acc_norm", *NAMES[1:]]
     one, eight = (

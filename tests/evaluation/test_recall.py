@@ -180,6 +180,7 @@ def test_a_batch_changes_nothing_and_generation_goes_past_the_end_token(teacher)
     assert found.models[0].results[0].correct == 0  # token 0 is the filler, never in a string
 
 
+@pytest.mark.slow
 def test_student_and_teacher_answer_the_same_questions(teacher, teacher_folder, tmp_path):
     limbeck.convert_folder(teacher_folder, tmp_path / "student")
     settings = RecallSettings(tasks=["mqar", "needle"], lengths=[120], depths=[0.0, 1.0], count=3)

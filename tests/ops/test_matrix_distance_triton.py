@@ -82,6 +82,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OPTIONS, "all"])
 def test_options(name, poisoned, small_tiles):
     options = {key: value for each in OPTIONS.values() for key, value in each.items()} | {"sliding_window": 20}
@@ -93,6 +94,7 @@ def test_heads_share_and_widths_are_any(h, h_kv, g, d, n, poisoned, small_tiles)
     compare(draw(b=1, l=37, h=h, h_kv=h_kv, g=g, d=d, n=n), torch.float32, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1e-3, 3.0, 300.0])
 def test_what_is_forgotten_and_what_is_not(strength, poisoned, small_tiles):
     """At 270 tokens whole blocks are out of the mixer's memory when it decays fast."""
