@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from limbeck import LimbeckError, load_model, load_tokenizer
 from limbeck.students import check_files, load_config, swapped_layers
+from limbeck.students.activations import fuse_activations
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def test_dtype_and_device(sharded):
 def test_teachers_load_too(make_teacher, family, tokens, tmp_path):
     teacher = make_teacher(family)
     teacher.save_pretrained(tmp_path)
+    fuse_activations(teacher)
     assert torch.equal(load_model(tmp_path)(tokens).logits, teacher(tokens).logits)
 
 

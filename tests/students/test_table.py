@@ -29,6 +29,7 @@ from limbeck.students import (
     student_config,
     swapped_layers,
 )
+from limbeck.students.activations import fuse_activations
 from tiny import VOCABULARY, shaken, tiny_teacher
 
 LAYERS, LENGTH = 4, 12
@@ -252,6 +253,7 @@ def test_a_teachers_folder_that_leaves_more_new_is_refused(family, way, tmp_path
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_no_layer_swapped_it_is_the_teacher(family, tokens):
     teacher, student = teacher_of(family), limbeck.convert(teacher_of(family), keep_attention=range(LAYERS))
+    fuse_activations(teacher)
     mask = torch.ones_like(tokens)
     mask[0, :4] = 0
     for options in ({}, {"attention_mask": mask}):
@@ -288,6 +290,7 @@ def test_gpt2_as_it_was_published(tokens, tmp_path):
     """The checkpoints on the hub have no prefix, no head, and causal masks among the weights."""
     teacher = teacher_of("gpt2")
     teacher.save_pretrained(tmp_path)
+    fuse_activations(teacher)
     file = tmp_path / "model.safetensors"
     weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
     weights |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(LAYERS)}

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from limbeck.errors import LimbeckError
+from limbeck.students.activations import fuse_activations
 from limbeck.students.families import family_of
 from limbeck.students.shards import cut_short, read_header
 
@@ -65,6 +66,7 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise not_loaded("model", source, error) from error
     check_keys(info["missing_keys"], info["unexpected_keys"], str(source))
+    fuse_activations(model)
     return model.to(device) if device is not None else model
 
 

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 
 from limbeck.errors import LimbeckError
 from limbeck.mixers import Mixer, get_mixer
+from limbeck.students.activations import fuse_activations
 from limbeck.students.arguments import PADDING, carry, with_mixer_arguments
 from limbeck.students.cache import RecurrentLayer, StudentCache, check_cache
 from limbeck.students.families import FAMILIES, STUDENT_PREFIX, Family, family_of
@@ -117,6 +118,7 @@ class StudentBackbone(StudentModel):
             setattr(block, family.attention, SwappedAttention(config, index))
             if family.carrier is not None:
                 block.register_forward_pre_hook(partial(carry, family.carrier), with_kwargs=True)
+        fuse_activations(self)
         float32 = get_mixer(config.mixer).float32_parameters  # as regular expressions, searched in the full names
         strict = {rf"\.mixer\.{re.escape(name)}$" for name in float32}
         self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *strict}
