@@ -423,7 +423,7 @@ def test_values_out_of_range(refused, distill, student_folder, text_file):
     assert "stride = 0" in refused("evaluate", student_folder, "--data", text_file, "--stride", "0")
     assert "unknown format" in refused("evaluate", student_folder, "--data", text_file, "--format", "html")
     assert "--save-to without" in refused("evaluate", student_folder, "--tasks", "piqa", "--save-to", "run")
-    assert "holds no run" in refused(
+    assert "no folder run" in refused(
         "evaluate", student_folder, "--data", text_file, "--sequence-length", "32", "--samples", "1", "--save-to", "run"
     )
     assert "without a single update" in distill("--tokens", "10")

@@ -112,4 +112,4 @@ def test_what_an_inspection_refuses(command, teacher_folder, student_folder, tmp
     assert "neither a text nor data" in refused()
     assert "--layers 'a'" in refused("--text", "still", "--layers", "a")
     assert "png, svg" in refused("--text", "still", "--output", tmp_path, "--format", "jpeg")
-    assert "no run" in refused("--text", "still", "--save-to", tmp_path / "none")
+    assert "no folder" in refused("--text", "still", "--save-to", tmp_path / "none")

@@ -5,7 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
-from limbeck_cli.options import Device, Dtype, Json, Teacher, app, print_json, print_table
+from limbeck_cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Teacher,
+    app,
+    check_run,
+    numbers,
+    print_json,
+    print_table,
+    save_evaluation,
+)
 
 
 @app.command()
@@ -25,16 +36,11 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode speed, first-token time, cache and peak memory; with --teacher, beside the teacher."""
-    import json
-
-    from limbeck.errors import LimbeckError
     from limbeck.evaluation import bench as measure
-    from limbeck.files import write_text
     from limbeck.report.bench import check_chart_path, save_bench_chart
 
-    lengths, rows = _numbers("--contexts", contexts), _numbers("--batches", batches)
-    if save_to is not None and not save_to.is_dir():
-        raise LimbeckError(f"no folder {save_to}", expected="a run's folder", hint="--save-to runs/mine")
+    lengths, rows = numbers("--contexts", contexts, int, "128,512"), numbers("--batches", batches, int, "1,8")
+    check_run(save_to)
     if chart is not None:
         check_chart_path(chart)
     found = measure(
@@ -48,8 +54,7 @@ def bench(
         dtype=dtype,
     ).as_json()
     if save_to is not None:
-        (save_to / "evaluation").mkdir(exist_ok=True)
-        write_text(save_to / "evaluation" / "bench.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        save_evaluation(save_to, "bench", found)
     if chart is not None:
         save_bench_chart(found, chart)
     if as_json:
@@ -57,18 +62,6 @@ def bench(
     else:
         for table in _tables(found):
             print_table(table)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    """Read ``128,512,2048``."""
-    from limbeck.errors import LimbeckError
-
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise LimbeckError(
-            f"{option} {text!r}", expected="whole numbers with commas", hint=f"{option} 128,512"
-        ) from None
 
 
 def _tables(found: dict[str, Any]) -> list[Any]:

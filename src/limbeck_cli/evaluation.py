@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from limbeck_cli.options import Device, Dtype, Json, Teacher, app, plain, print_json
+from limbeck_cli.options import Device, Dtype, Json, Teacher, app, check_run, print_json, save_evaluation
 
 
 @app.command()
@@ -65,9 +65,13 @@ def evaluate(
     if data is not None:
         reading = {"sequence_length": sequence_length, "samples": samples, "stride": stride}
         details = details or save_to is not None
-        texts = [evaluate_on_text(model, data, details=details, **reading, **common) for model in find_models(models)]
+        found = find_models(models)
+        check_run(save_to)
+        if save_to is not None and len(found) != 1:
+            raise LimbeckError(f"--save-to with {len(found)} models", expected="one model")
+        texts = [evaluate_on_text(model, data, details=details, **reading, **common) for model in found]
         if save_to is not None:
-            _save(save_to, texts)
+            save_evaluation(save_to, "text", texts[0])
     if tasks:
         amounts = {"num_fewshot": num_fewshot, "limit": _whole(limit)}
         kept = {"cached_only": cached_only, "cache": cache}
@@ -86,21 +90,6 @@ def evaluate(
 def _whole(limit: float | None) -> int | float | None:
     """A limit of 1 or more counts documents."""
     return limit if limit is None or limit < 1 else int(limit)
-
-
-def _save(run: Path, texts: list[dict[str, Any]]) -> None:
-    """Put one model's figures where a report looks for them."""
-    import json
-
-    from limbeck.errors import LimbeckError
-    from limbeck.files import write_text
-
-    if len(texts) != 1:
-        raise LimbeckError(f"--save-to with {len(texts)} models", expected="one model")
-    if not (run / "run.json").is_file():
-        raise LimbeckError(f"{run} holds no run", expected="the folder of a run, with run.json")
-    (run / "evaluation").mkdir(exist_ok=True)
-    write_text(run / "evaluation" / "text.json", json.dumps(plain(texts[0]), indent=2, ensure_ascii=False) + "\n")
 
 
 def _print_figures(figures: dict[str, Any]) -> None:

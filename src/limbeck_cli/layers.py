@@ -5,7 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from limbeck_cli.options import Device, Dtype, Json, app, print_json, print_table
+from limbeck_cli.options import (
+    Device,
+    Dtype,
+    Json,
+    app,
+    check_run,
+    numbers,
+    print_json,
+    print_table,
+    save_evaluation,
+)
 
 Text = Annotated[Path, typer.Option(help="Text (.txt, .md, .py, .jsonl, a folder), or a token file.")]
 
@@ -68,8 +78,8 @@ def inspect(
     """Lay a student's mixing matrices beside its teacher's attention: distances, decay lengths, pictures."""
     from limbeck.evaluation import inspect_folder
     from limbeck.report.matrices import check_form, write_matrices
-    from limbeck_cli.models import layer_numbers
 
+    check_run(save_to)
     if output is not None:
         check_form(form)
     found = inspect_folder(
@@ -78,14 +88,14 @@ def inspect(
         text=text,
         data=data,
         max_tokens=max_tokens,
-        layers=layer_numbers(layers, "--layers") or None,
+        layers=numbers("--layers", layers, int, "4,10") or None,
         inputs=inputs,  # type: ignore[arg-type]
         device=device,
         dtype=dtype,
     ).as_json()
     files = [] if output is None else write_matrices(found, output, form)
     if save_to is not None:
-        files.append(_save(found, save_to))
+        files.append(save_evaluation(save_to, "inspect", found))
     if as_json:
         print_json({**found, "files": [str(file) for file in files]})
         return
@@ -94,22 +104,6 @@ def inspect(
         print(f"note: {note}")
     for file in files:
         print(file)
-
-
-def _save(inspection: dict[str, Any], run: Path) -> Path:
-    """Write an inspection into a run."""
-    import json
-
-    from limbeck.errors import LimbeckError
-    from limbeck.files import write_text
-    from limbeck_cli.options import plain
-
-    if not run.is_dir():
-        raise LimbeckError(f"no run {run}", expected="a folder that limbeck distill has written", hint="--save-to RUN")
-    file = run / "evaluation" / "inspect.json"
-    file.parent.mkdir(exist_ok=True)
-    write_text(file, json.dumps(plain(inspection), ensure_ascii=False, allow_nan=False) + "\n")
-    return file
 
 
 def _table(inspection: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from limbeck_cli.options import Device, Dtype, Json, Settings, app, print_json
+from limbeck_cli.options import Device, Dtype, Json, Settings, app, numbers, print_json
 
 
 @app.command()
@@ -131,7 +131,7 @@ def _kept_layers(
         for name, value in (("--data", data), ("--scored-by", scored_by)):
             if value is not None:
                 raise LimbeckError(f"{name} without scores to take", expected="it beside --keep-attention auto:4")
-        return layer_numbers(keep_attention, "--keep-attention")
+        return numbers("--keep-attention", keep_attention, int, "4,10,16,22")
     if data is None:
         raise LimbeckError(
             f"--keep-attention {keep_attention} without text to score the layers on",
@@ -146,15 +146,3 @@ def _kept_layers(
     scores = score_folder(source, scored_by, data, convert_options=start)
     say("\n".join(f"layer {score.layer}: KL falls by {score.gain:.4g} to {score.kl:.4g}" for score in scores))
     return choose_layers(scores, count)
-
-
-def layer_numbers(text: str, option: str) -> list[int]:
-    """Read ``4,10,16,22``."""
-    from limbeck.errors import LimbeckError
-
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise LimbeckError(
-            f"{option} {text!r}", expected="layer numbers with commas", hint=f"{option} 4,10,16,22"
-        ) from None

@@ -2,8 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -16,6 +17,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Number = TypeVar("Number", int, float)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
@@ -48,3 +50,40 @@ def print_table(renderable: Any) -> None:
     from rich.console import Console
 
     Console().print(renderable)
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Number], example: str) -> list[Number]:
+    """Read numbers with commas between them.
+
+    Raises:
+        LimbeckError: Something in between is none.
+    """
+    from limbeck.errors import LimbeckError
+
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        whole = "whole numbers" if kind is int else "numbers"
+        raise LimbeckError(f"{option} {text!r}", expected=f"{whole} with commas", hint=f"{option} {example}") from None
+
+
+def check_run(run: Path | None) -> None:
+    """Refuse a folder for results that is not there, before any are made.
+
+    Raises:
+        LimbeckError: It is not there.
+    """
+    from limbeck.errors import LimbeckError
+
+    if run is not None and not run.is_dir():
+        raise LimbeckError(f"no folder {run}", expected="a run's folder", hint="--save-to runs/mine")
+
+
+def save_evaluation(run: Path, name: str, figures: dict[str, Any]) -> Path:
+    """Put figures where `limbeck report` looks for them: RUN/evaluation/NAME.json."""
+    from limbeck.files import write_text
+
+    file = run / "evaluation" / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    write_text(file, json.dumps(plain(figures), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return file

@@ -1,15 +1,22 @@
 """The command that measures recall."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
-from limbeck_cli.options import Device, Dtype, Json, Teacher, app, plain, print_json, print_table
-
-Number = TypeVar("Number", int, float)
+from limbeck_cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Teacher,
+    app,
+    check_run,
+    numbers,
+    print_json,
+    print_table,
+    save_evaluation,
+)
 
 
 @app.command()
@@ -44,17 +51,15 @@ def recall(
     """
     from limbeck.errors import LimbeckError
     from limbeck.evaluation import RecallSettings, recall_by_name
-    from limbeck.files import write_text
 
-    bounds = None if token_range is None else _numbers("--token-range", token_range, int)
+    bounds = None if token_range is None else numbers("--token-range", token_range, int, "100,200")
     if bounds is not None and len(bounds) != 2:
         raise LimbeckError(f"--token-range {token_range}", expected="two token ids", hint="--token-range 100,200")
-    if save_to is not None and not save_to.is_dir():
-        raise LimbeckError(f"no folder {save_to}", expected="a run's folder", hint="--save-to runs/mine")
+    check_run(save_to)
     settings = RecallSettings(
         tasks=[task.strip() for task in tasks.split(",") if task.strip()],
-        lengths=_numbers("--lengths", lengths, int),
-        depths=_numbers("--depths", depths, float),
+        lengths=numbers("--lengths", lengths, int, "256,1024"),
+        depths=numbers("--depths", depths, float, "0,0.5,1"),
         count=count,
         token_range=None if bounds is None else (bounds[0], bounds[1]),
         text=text,
@@ -63,20 +68,8 @@ def recall(
     )
     found = recall_by_name(models, settings, teacher=teacher, tokenizer=tokenizer, device=device, dtype=dtype)
     if save_to is not None:
-        (save_to / "evaluation").mkdir(exist_ok=True)
-        figures = json.dumps(plain(found.as_json()), indent=2, ensure_ascii=False, allow_nan=False)
-        write_text(save_to / "evaluation" / "recall.json", figures + "\n")
+        save_evaluation(save_to, "recall", found.as_json())
     if as_json:
         print_json(found.as_json())
     else:
         print_table(found.table())
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    """Read ``0,0.5,1``."""
-    from limbeck.errors import LimbeckError
-
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise LimbeckError(f"{option} {text!r}", expected="numbers with commas", hint=f"{option} 0,1") from None

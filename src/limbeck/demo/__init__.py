@@ -8,6 +8,7 @@ Everything lies under one folder, and a demo that was interrupted goes on where 
       without-attention/    the same network with its mixers put to zero, trained on as many tokens
       seed-0/mohawk/        a run of the three stages; seed-0/logits-only/ spends the same tokens on the last alone
       results.json          every figure of the table
+      evaluation/           the first student's matrices beside the teacher's, for the report
       report.html           the same as a page, with the curves (with the extra `report`)
       log.txt               what the working processes had to say
 """
@@ -26,6 +27,7 @@ from limbeck.demo.folder import Folder
 from limbeck.demo.teacher import TEACHER_STEPS, NoMixer, teacher_config, train_from_text
 from limbeck.demo.workers import Workers
 from limbeck.errors import LimbeckError
+from limbeck.evaluation import inspect_folder
 from limbeck.files import write_text
 from limbeck.progress import say
 from limbeck.recipes import Recipe, distill, load_recipe
@@ -73,11 +75,20 @@ def demo(output: str | Path = "runs/demo", *, seed: int = 0, seeds: int = 3, wor
         say("evaluating on the held-out files")
         result = compare(folder, recipe, [seed + i for i in range(seeds)], pool, started)
     write_text(folder.path / "results.json", json.dumps(result.as_json(), indent=1))
+    _inspect(folder, seed)
     if can_report():
         say(f"report in {write_report(folder.path)[0]}")
     else:
         say("no report.html: pip install 'limbeck[report]', then limbeck report " + str(folder.path))
     return result
+
+
+def _inspect(folder: Folder, seed: int) -> None:
+    """Lay the first student's matrices beside the teacher's, for the report."""
+    student, held_out = folder.run("mohawk", seed) / "student", folder.path / "corpus" / "held-out.jsonl"
+    found = inspect_folder(student, folder.teacher, data=held_out, max_tokens=96, device="cpu")
+    (folder.path / "evaluation").mkdir(exist_ok=True)
+    write_text(folder.path / "evaluation" / "inspect.json", json.dumps(found.as_json()))
 
 
 def way_of(recipe: Recipe, way: Way, seed: int) -> Recipe:

@@ -19,6 +19,7 @@ from limbeck.data import collate, open_samples
 from limbeck.devices import choose_device, choose_dtype
 from limbeck.distill import check_vocabularies, kl_divergence
 from limbeck.errors import LimbeckError
+from limbeck.evaluation.perplexity import evaluating
 from limbeck.progress import make_progress, say
 from limbeck.students import (
     attention_of,
@@ -78,8 +79,8 @@ def score_layers(teacher: PreTrainedModel, student: PreTrainedModel, batches: Ba
     totals = torch.zeros(1 + len(layers), dtype=torch.float64)  # the student as it is, then with each layer restored
     tokens = 0
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(teacher))
-        stack.enter_context(_evaluating(student))
+        stack.enter_context(evaluating(teacher))
+        stack.enter_context(evaluating(student))
         progress = stack.enter_context(make_progress("scoring layers: batch", None))
         for done, batch in enumerate(batches, start=1):
             inputs = {name: batch[name].to(student.device) for name in ("input_ids", "attention_mask") if name in batch}
@@ -261,14 +262,3 @@ def _check_pair(teacher: PreTrainedModel, student: PreTrainedModel, layers: tupl
             expected="both in one dtype on one device, since the teacher's attention runs inside the student",
             hint="teacher.to(student.device, student.dtype)",
         )
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode while open; the mode it was in afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -3,7 +3,7 @@
 import json
 import os
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,11 @@ def read_folder(folder: str | os.PathLike[str]) -> RunFigures | DemoFigures:
     results = path / "results.json"
     if results.is_file():
         runs = sorted(run.parent for run in path.glob("seed-*/mohawk/run.json"))[:1]
-        return DemoFigures(path, _json(results), {str(run.relative_to(path)): read_run(run) for run in runs})
+        found = {str(run.relative_to(path)): read_run(run) for run in runs}
+        own = _evaluations(path)  # of a demo's first student
+        return DemoFigures(
+            path, _json(results), {name: replace(run, evaluation=run.evaluation | own) for name, run in found.items()}
+        )
     return read_run(path)
 
 
@@ -132,8 +136,13 @@ def read_run(path: Path) -> RunFigures:
         recipe=recipe,
         stages=stages,
         conversion=_json(path / "stages/0-converted/student/conversion.json"),
-        evaluation={name: found for name in EVALUATIONS if (found := _json(path / "evaluation" / f"{name}.json"))},
+        evaluation=_evaluations(path),
     )
+
+
+def _evaluations(path: Path) -> dict[str, dict[str, Any]]:
+    """What lies in a folder's `evaluation/`, by name."""
+    return {name: found for name in EVALUATIONS if (found := _json(path / "evaluation" / f"{name}.json"))}
 
 
 def _json(path: Path) -> dict[str, Any]:
