@@ -273,6 +273,8 @@ def test_generate(good, good_json, student_folder):
     assert first == second
     assert [piece["prompt"] for piece in first["continuations"]] == ["a vessel", "slowly"]
     assert all(piece["text"] for piece in first["continuations"])
+    streamed = good("generate", student_folder, "the old word", "--max-new-tokens", "5", "--stream")
+    assert streamed == out
 
 
 def test_recipes(good, good_json, recipe):
@@ -407,7 +409,7 @@ def test_the_output_of_another_run(command, refused, recipe, teacher_folder, stu
     given = ("--teacher", teacher_folder, "--data", text_file, "--output", tmp_path / "run")
     assert command("distill", recipe, *given)[0] == 0
     message = refused("distill", recipe, *given, "--set", "stages.logits.lr=1e-3")
-    assert f"{tmp_path / 'run'} holds another run: recipe.stages.logits.lr was 0.0001, now 0.001" in message
+    assert f"{tmp_path / 'run'} holds another run:\n  recipe.stages.logits.lr was 0.0001, now 0.001" in message
     assert "holds something already" in refused("convert", teacher_folder, tmp_path / "run")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "one.tex").write_text("…")

@@ -41,7 +41,7 @@ def test_the_floor_is_the_network_without_any_mixing():
 
 def test_a_folder_holds_one_demo(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"demo": {}, "seed": 0}))
-    with pytest.raises(LimbeckError, match=r"holds another run: .*seed was 0, now 1"):
+    with pytest.raises(LimbeckError, match=r"(?s)holds another run:.*seed was 0, now 1"):
         demo.demo(tmp_path, seed=1)
     with pytest.raises(LimbeckError, match="0 seeds"):
         demo.demo(tmp_path / "none", seeds=0)

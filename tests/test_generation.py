@@ -3,7 +3,8 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig, MambaConfig, PreTrainedTokenizerFast
+from transformers.generation import BaseStreamer
 
 import limbeck
 from limbeck import LimbeckError, generate
@@ -99,6 +100,39 @@ def test_repetition_penalty(student, tokenizer):
 def test_values_out_of_range_are_refused(student, tokenizer, options, message):
     with pytest.raises(LimbeckError, match=message):
         generate(student, tokenizer, **({"prompts": ["ab"]} | options))
+
+
+class Kept(BaseStreamer):
+    """What a streamer is given."""
+
+    def __init__(self):
+        self.given, self.ended = [], False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.given.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_streaming(student, tokenizer):
+    kept = Kept()
+    (text,) = generate(student, tokenizer, ["the quick"], max_new_tokens=8, streamer=kept)
+    (prompt,), *tokens = kept.given
+    assert prompt == tokenizer("the quick").input_ids
+    assert tokenizer.decode([token for (token,) in tokens], skip_special_tokens=True) == text
+    assert kept.ended
+    with pytest.raises(LimbeckError, match="3 prompts"):
+        generate(student, tokenizer, PROMPTS, streamer=Kept())
+
+
+def test_a_model_of_another_family_goes_its_own_way(tokenizer):
+    config = MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=1, state_size=4, eos_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    options = {"max_new_tokens": 5, "temperature": 1.0, "top_k": 9}
+    first, again = (generate(model, tokenizer, ["ab"], seed=seed, **options) for seed in (3, 3))
+    assert first == again
+    assert len(generate(model, tokenizer, ["ab"], max_new_tokens=5)) == 1
 
 
 def test_an_empty_prompt_needs_a_first_token(student, tokenizer):

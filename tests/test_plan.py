@@ -1,17 +1,19 @@
 """The published numbers, as `limbeck plan` works them out."""
 
+import io
 import json
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 import limbeck
 import limbeck_cli
 from limbeck import LimbeckError, load_recipe
 from limbeck.distill import LayerwiseObjective, StageStep
-from limbeck.plan import plan
+from limbeck.plan import plan, plan_table
 from limbeck.recipes import recipe_names
 from limbeck.recipes.driver import optimizer_of
 from limbeck.students import mixers
@@ -49,8 +51,9 @@ def command(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("proportion", "samples", "steps", "switch", "decay", "warmup", "every"), PUBLISHED)
-def test_the_table_of_cald(command, proportion, samples, steps, switch, decay, warmup, every):
-    planned = json.loads(command("plan", "cald-hybrid", "--set", f"data.proportion={proportion}", "--json"))
+def test_the_table_of_cald(proportion, samples, steps, switch, decay, warmup, every):
+    recipe = load_recipe("cald-hybrid", [f"data.proportion={proportion}"])
+    planned = plan(recipe)
     assert planned == {
         "stages": [
             {
@@ -69,7 +72,6 @@ def test_the_table_of_cald(command, proportion, samples, steps, switch, decay, w
         ],
         "total_steps": steps,
     }
-    recipe = load_recipe("cald-hybrid", [f"data.proportion={proportion}"])
     assert recipe.data.samples == samples
     assert samples * 2 == steps * recipe.stages["layerwise"].samples_per_step(2048)  # two epochs
     for other in ("unguided", "target-guided", "trajectory-guided", "waypoint-guided"):
@@ -86,8 +88,8 @@ def test_the_floor_of_cald_holds_from_update_9616_on():
     assert {rate(step) for step in range(9616, 12_000)} == {3e-5}
 
 
-def test_phi_mamba(command):
-    stages = json.loads(command("plan", "mohawk-phi-mamba", "--json"))["stages"]
+def test_phi_mamba():
+    stages = plan(load_recipe("mohawk-phi-mamba"))["stages"]
     assert [stage["steps"] for stage in stages] == [2441, 4882, 5264]
     assert [stage["warmup_steps"] for stage in stages] == [244, 488, 526]
     assert [list(stage) for stage in stages] == [KEYS] * 3
@@ -98,15 +100,18 @@ def test_phi_mamba(command):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_table_for_people(command, name):
-    shown = command("plan", name)
+def test_a_table_for_people(name):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(plan_table(load_recipe(name)))
+    shown = console.file.getvalue()
     for stage in plan(load_recipe(name))["stages"]:
         assert stage["name"] in shown
         assert f"{stage['steps']:,}" in shown
 
 
 def test_fewer_tokens(command):
-    planned = json.loads(command("plan", "cald-hybrid", "--tokens", "300000000", "--json"))["stages"][0]
+    arguments = ("--tokens", "300000000", "--teacher", "a/teacher-not-here", "--json")
+    planned = json.loads(command("plan", "cald-hybrid", *arguments))["stages"][0]
     assert (planned["steps"], planned["switch_step"], planned["decay_steps"]) == (1144, 457, 1200)
     assert load_recipe("cald-hybrid").scaled_to(300_000_000).data.samples == 73_242
 

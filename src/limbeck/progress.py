@@ -18,15 +18,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+_silent = False
+
+
+def silence() -> None:
+    """Say nothing from now on: one of several processes speaks for all."""
+    global _silent
+    _silent = True
+
 
 def console() -> Console:
     """Return a console on standard error: for tables and messages that are not a command's result."""
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=_silent)
 
 
 def say(message: str) -> None:
     """Print one line on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    if not _silent:
+        print(message, file=sys.stderr, flush=True)
 
 
 class PlainProgress:
@@ -118,7 +127,7 @@ class LiveProgress(PlainProgress):
 
 def make_progress(title: str, total: int | None, *, every: float = 10.0) -> PlainProgress:
     """Return the display that suits standard error: live on a terminal, else plain lines `every` so many seconds."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not _silent:
         return LiveProgress(title, total)
     return PlainProgress(title, total, every=every)
 

@@ -74,18 +74,29 @@ def generate(
     min_p: Annotated[float | None, typer.Option(help="Draw among tokens at least so likely as the likeliest.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1, repeated tokens become less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print one prompt's text as it comes.")] = False,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text."""
+    from transformers import TextStreamer
+
     import limbeck
     from limbeck.devices import choose_device, choose_dtype
 
+    if stream and (as_json or len(prompts) > 1):
+        raise limbeck.LimbeckError(
+            "--stream with " + ("--json" if as_json else f"{len(prompts)} prompts"), expected="one prompt, as text"
+        )
     place, number_format = choose_device(device), choose_dtype(dtype)
+    loaded = limbeck.load_model(model, dtype=number_format, device=place)
+    tokenizer = limbeck.load_tokenizer(model)
+    if stream:
+        print(prompts[0], end="", flush=True)
     texts = limbeck.generate(
-        limbeck.load_model(model, dtype=number_format, device=place),
-        limbeck.load_tokenizer(model),
+        loaded,
+        tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -94,12 +105,13 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
     )
     if as_json:
         print_json(
             {"model": model, "continuations": [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]}
         )
-    else:
+    elif not stream:
         print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
 
 

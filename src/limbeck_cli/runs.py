@@ -37,28 +37,36 @@ def distill(
     origin: Annotated[
         str | None, typer.Option("--from", metavar="RUN@STEP", help="Branch off another run, under changed losses.")
     ] = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Resume under a changed recipe, if finished stages stay valid.")
+    ] = False,
     settings: Settings = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Run a recipe from teacher to student, stage by stage; resumes by itself after any interruption.
 
-    Settings by name: --set stages.matrix.lr=1e-4.
+    Settings by name: --set stages.matrix.lr=1e-4. On several GPUs: torchrun --nproc-per-node N -m limbeck distill ….
     """
     from limbeck.recipes import distill as run_recipe
     from limbeck.recipes import load_recipe
+    from limbeck.training import World
 
-    result = run_recipe(
-        load_recipe(recipe, settings or []),
-        output=output,
-        teacher=teacher,
-        student=student,
-        tokenizer=tokenizer,
-        data=data,
-        tokens=tokens,
-        device=device,
-        origin=origin,
-    )
+    with World.join(device) as world:
+        result = run_recipe(
+            load_recipe(recipe, settings or []),
+            output=output,
+            teacher=teacher,
+            student=student,
+            tokenizer=tokenizer,
+            data=data,
+            tokens=tokens,
+            origin=origin,
+            accept_changes=accept_changes,
+            world=world,
+        )
+    if not world.main:
+        return
     if as_json:
         stages = {name: str(folder) for name, folder in result.stages.items()}
         print_json({"output": str(result.output), "student": str(result.student), "stages": stages})
@@ -93,19 +101,27 @@ def recipes(
 @app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (`limbeck recipes`) or a .toml file.")],
+    teacher: Teacher = None,
+    gpu: Annotated[str | None, typer.Option(help="A card that was measured, such as H200: for hours and fit.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    parallel: Annotated[
+        str | None, typer.Option(help="auto, ddp or fsdp: whether each has a copy.  [default: the recipe's]")
+    ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of one GPU, in any currency.")] = None,
     settings: Settings = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of all stages together; they keep their shares.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a recipe will do, stage by stage, before any of it is spent; needs no network and no data."""
+    """Show what a recipe will do and take, stage by stage, before any of it is spent; needs no network and no data."""
+    from limbeck.plan import estimate, plan_table
     from limbeck.plan import plan as plan_of
-    from limbeck.plan import plan_table
     from limbeck.recipes import load_recipe
 
     chosen = load_recipe(recipe, settings or [])
     if tokens is not None:
         chosen = chosen.scaled_to(tokens)
+    estimated = estimate(chosen, teacher=teacher, gpu=gpu, gpus=gpus, parallel=parallel, price_per_hour=price_per_hour)
     if as_json:
-        print_json(plan_of(chosen))
+        print_json(plan_of(chosen) | {"estimate": estimated})
     else:
-        print_table(plan_table(chosen))
+        print_table(plan_table(chosen, estimated))

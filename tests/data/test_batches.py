@@ -59,7 +59,7 @@ def test_micro_batches_together_are_the_update():
     assert [part["input_ids"].shape for part in parts] == [(4, 8)] * 3
     whole = collate(dataset, sampler[5])
     assert torch.equal(torch.cat([part["labels"] for part in parts]), whole["labels"])
-    with pytest.raises(LimbeckError, match="12 samples in micro-batches of 5"):
+    with pytest.raises(LimbeckError, match="12 samples of an update in micro-batches of 5"):
         micro_batches(dataset, sampler, 5)
 
 

@@ -166,6 +166,21 @@ def test_a_mask_that_is_more_than_causal_is_heeded(make_teacher, make_student, t
     assert not torch.allclose(matrix.layer_distance(mixer, seen), expected)
 
 
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_half_precision_teacher_computes_in_its_own_format(make_teacher, make_student, make, dtype, tokens):
+    transformer = make_teacher("gpt_neox")
+    student = make_student(transformer)
+    step = StageStep(student, make(), transformer.to(dtype))
+    seen = {}
+    for name, module in (("teacher", blocks(transformer)[0].mlp), ("student", mixers(student)[0].in_proj)):
+        module.register_forward_hook(lambda *_, name=name: seen.update({name: torch.is_autocast_enabled("cpu")}))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = step(batch_of(tokens))["loss"]
+    loss.backward()
+    assert seen == {"teacher": dtype == torch.float32, "student": True}
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_stage_1_stores_no_matrix(make_teacher, make_student):
     """The loss is that of float64 on a CPU; at 2048 tokens not one l × l matrix of float32 is there."""

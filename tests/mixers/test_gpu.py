@@ -81,6 +81,7 @@ def test_steps_and_autocast(pair):
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch 2.11's own use
 def test_one_graph_with_the_kernels_inside(pair):
     _, mixer = pair
     torch.compiler.reset()

@@ -17,6 +17,8 @@ WIDEST = [  # cases that hold every kernel once, each at about the most shared m
     "ssd:bf16 64 64 in segments",
     "ssd:fp32 256 256",
     "matrix_distance:bf16 256",
+    "matrix_distance:fp32 96",
+    "matrix_distance:fp32 256",
     "causal_conv:bf16 k 8, all options",
     "gated_skip:bf16 Phi-1.5",
     "mixer_step:bf16 widest",

@@ -1,5 +1,6 @@
 """What may run beside a plain stage: a second model that learns, parameters that wait, a scaled loss, kept steps."""
 
+import hashlib
 import json
 
 import pytest
@@ -142,12 +143,12 @@ def test_a_checkpoint_without_the_companion_is_refused(tmp_path):
     with pytest.raises(InterruptedStageError):
         run(tmp_path, stop_at=5)
     for folder in (tmp_path / "checkpoints").iterdir():
-        (folder / "companion.safetensors").unlink()
-        manifest = folder / "manifest.json"
-        content = json.loads(manifest.read_text())
-        del content["files"]["companion.safetensors"]
-        manifest.write_text(json.dumps(content))
-    with pytest.raises(LimbeckError, match=r"has no companion.safetensors"):
+        contents, manifest = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
+        (folder / "state.json").write_text(json.dumps(contents | {"companion": None}))
+        sealed = (folder / "state.json").read_bytes()
+        manifest["files"]["state.json"] = {"size": len(sealed), "sha256": hashlib.sha256(sealed).hexdigest()}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LimbeckError, match=r"has no teacher that learns alongside"):
         run(tmp_path)
 
 
@@ -205,7 +206,8 @@ def test_a_scaled_loss_skips_what_overflows_and_changes_nothing_else(tmp_path):
     assert skipped[0]
     assert not all(skipped)
     assert any(not torch.equal(p, q) for p, q in zip(module.parameters(), start, strict=True))
-    assert (tmp_path / "checkpoints/step-00000006/scaler.pt").is_file()
+    saved = json.loads((tmp_path / "checkpoints/step-00000006/state.json").read_text())
+    assert saved["scaler"]["scale"] == lines[-1]["loss_scale"]
 
 
 def test_a_gradient_that_is_no_number_ends_the_stage(tmp_path):

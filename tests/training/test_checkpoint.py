@@ -5,8 +5,10 @@ import torch
 from toy_stage import ToyStep, micro_batches, optimizer_of
 
 from limbeck.errors import LimbeckError
-from limbeck.training import Checkpoints, TrainingState, load_learned
+from limbeck.training import Checkpoints, TrainingState, load_learned, shards
 from limbeck.training.checkpoint import learned_tensors
+
+WEIGHTS = "00000-of-00001.safetensors"
 
 
 def trained(steps=2):
@@ -81,11 +83,11 @@ def test_a_failed_save_leaves_the_previous_checkpoint_and_no_rubbish(tmp_path, m
     checkpoints = checkpoints_in(tmp_path)
     checkpoints.save(TrainingState(step=1), module, optimizer)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(shards, "save_file", full)
+    with pytest.raises(LimbeckError, match=r"step-00000002 could not be written: .*No space left"):
         checkpoints.save(TrainingState(step=2), module, optimizer)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
@@ -93,9 +95,9 @@ def test_a_failed_save_leaves_the_previous_checkpoint_and_no_rubbish(tmp_path, m
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda path: (path / "optimizer.pt").write_bytes(b"x"), "optimizer.pt has 1 bytes where"),
+        (lambda path: (path / WEIGHTS).write_bytes(b"x"), "safetensors has 1 bytes where"),
         (lambda path: (path / "state.json").write_text('{"step": 3}'), "state.json"),
-        (lambda path: (path / "rng.pt").unlink(), "rng.pt is missing"),
+        (lambda path: (path / WEIGHTS).unlink(), "safetensors is missing"),
         (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda path: (path / "manifest.json").write_text("{"), "cannot be followed"),
         (lambda path: (path / "manifest.json").write_text("[]"), "cannot be followed"),

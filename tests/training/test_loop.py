@@ -42,7 +42,19 @@ def test_lines_say_what_happened(tmp_path):
     result, lines = train(tmp_path, ToyStep(dropout=0.0), total=3, schedule=lambda step: 1e-3 * (step + 1))
     assert (result.steps, result.tokens, result.resumed_from, result.best_path) == (3, 60, None, None)
     assert list(lines[0]) == [
-        *("stage", "step", "tokens", "loss", "distance", "ce", "grad_norm", "lr", "time", "tokens_per_second")
+        *(
+            "stage",
+            "step",
+            "tokens",
+            "loss",
+            "distance",
+            "ce",
+            "grad_norm",
+            "skipped",
+            "lr",
+            "time",
+            "tokens_per_second",
+        )
     ]
     assert [(line["step"], line["tokens"], line["lr"]) for line in lines] == [
         (1, 20, 1e-3),
@@ -71,7 +83,9 @@ def test_a_first_rate_of_zero_changes_nothing(tmp_path):
 
 def test_clipping_scales_the_gradient_to_the_norm(tmp_path):
     module = ToyStep()
-    optimizer = torch.optim.SGD([parameter for parameter in module.parameters() if parameter.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD(
+        [parameter for parameter in module.parameters() if parameter.requires_grad], lr=1.0, fused=True
+    )
     before = [parameter.detach().clone() for parameter in module.parameters()]
     _, lines = train(tmp_path, module, optimizer, total=1, schedule=lambda step: 1.0, clip=1e-3)
     moved = torch.stack([(old - new).norm() for old, new in zip(before, module.parameters(), strict=True)]).norm()
@@ -187,6 +201,7 @@ def test_lost_metrics_are_told_and_training_goes_on(tmp_path, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_updates_do_not_wait_for_the_device(tmp_path):
     """Between two fetches of figures no update synchronises with the GPU; bit-equality is not promised there."""
     module = ToyStep().cuda()

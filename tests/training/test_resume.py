@@ -20,10 +20,9 @@ MOMENTS = [
     "update 9",
     "metrics 1",
     "metrics 6",
-    "write weights.safetensors step-00000002",
-    "write weights.safetensors step-00000006",
-    "write optimizer.pt step-00000004",
-    "write weights.safetensors best-00000003",
+    "write step-00000002",
+    "write step-00000006",
+    "write best-00000003",
     "rename step-00000006",
     "rename best-00000003",
     "renamed step-00000006",
@@ -141,14 +140,14 @@ def test_a_second_signal_acts_at_once(name, code, uninterrupted, tmp_path):
 def test_a_damaged_checkpoint_costs_only_itself(damage, uninterrupted, tmp_path):
     assert run(tmp_path, "batch matrix 5") == -signal.SIGKILL
     newest = tmp_path / "matrix" / "step-00000004"
-    weights = newest / "weights.safetensors"
+    weights = newest / "00000-of-00001.safetensors"
     match damage:
         case "truncate":
             weights.write_bytes(weights.read_bytes()[:-1])
         case "flip":
-            content = bytearray((newest / "optimizer.pt").read_bytes())
+            content = bytearray(weights.read_bytes())
             content[len(content) // 2] ^= 1
-            (newest / "optimizer.pt").write_bytes(content)
+            weights.write_bytes(content)
         case "no manifest":
             (newest / "manifest.json").unlink()
         case "no weights":

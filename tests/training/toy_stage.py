@@ -99,11 +99,11 @@ def arm(kill: str):
     """Patch the process so that it is killed, or signalled, at a moment; returns the function that makes batches.
 
     ``batch STAGE STEP`` before an update; ``update N`` after the N-th update of the process, before it is recorded;
-    ``metrics N`` amid the N-th line; ``write FILE FOLDER`` amid a file of a folder; ``rename FOLDER`` just before it
+    ``metrics N`` amid the N-th line; ``write FOLDER`` amid its tensors; ``rename FOLDER`` just before it
     gets its name and ``renamed FOLDER`` just after; ``prune FOLDER`` amid its removal; ``SIGTERM|SIGINT N TIMES`` at a
     step, so many times.
     """
-    from limbeck.training import checkpoint, tracking
+    from limbeck.training import shards, store, tracking
 
     what, *rest = kill.split() or [""]
     if what == "SIGINT":  # a shell starts what runs in the background with this signal ignored
@@ -139,19 +139,15 @@ def arm(kill: str):
 
         tracking.MetricsLog.write = write
     if what == "write":
+        written_whole = shards.save_file
 
-        def broken(name):
-            original = getattr(checkpoint, name) if name == "save_file" else torch.save
+        def save(tensors, path, metadata):
+            written_whole(tensors, path, metadata)
+            if path.parent.name == f".writing-{rest[0]}":
+                os.truncate(path, path.stat().st_size // 2)
+                die()
 
-            def save(value, path):
-                original(value, path)
-                if path.name == rest[0] and path.parent.name == f".writing-{rest[1]}":
-                    os.truncate(path, path.stat().st_size // 2)
-                    die()
-
-            return save
-
-        checkpoint.save_file, torch.save = broken("save_file"), broken("save")
+        shards.save_file = save
     if what in ("rename", "renamed"):
         renamed = Path.rename
 
@@ -165,13 +161,13 @@ def arm(kill: str):
 
         Path.rename = rename
     if what == "prune":
-        removed = checkpoint.shutil.rmtree
+        removed = store.shutil.rmtree
 
         def rmtree(path):
-            if path.name == rest[0]:
+            if path.name == f".old-{rest[0]}":
                 (path / "manifest.json").unlink()
                 die()
             removed(path)
 
-        checkpoint.shutil.rmtree = rmtree
+        store.shutil.rmtree = rmtree
     return batches

@@ -1,6 +1,6 @@
 """Data: text into tokens, tokens into samples, samples into batches. It knows nothing of models."""
 
-from limbeck.data.batches import BatchSampler, collate, micro_batches
+from limbeck.data.batches import BatchSampler, collate, fitting_micro_batch, micro_batches, share_of
 from limbeck.data.corpus import Corpus, Reading
 from limbeck.data.megatron import PILE_SAMPLES, MegatronDataset, describe, is_megatron
 from limbeck.data.megatron_writer import MegatronWriter
@@ -31,6 +31,7 @@ __all__ = [
     "describe",
     "encode_batches",
     "encode_documents",
+    "fitting_micro_batch",
     "is_megatron",
     "load_tokens",
     "micro_batches",
@@ -39,6 +40,7 @@ __all__ = [
     "prepare",
     "read_documents",
     "read_tasks",
+    "share_of",
     "source_files",
     "split_by_file",
     "split_samples",

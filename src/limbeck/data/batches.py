@@ -81,21 +81,52 @@ def collate(dataset: Samples, indices: Iterable[int]) -> dict[str, Tensor]:
 
 
 def micro_batches(
-    dataset: Samples, sampler: BatchSampler, micro_batch: int
+    dataset: Samples, sampler: BatchSampler, micro_batch: int, *, rank: int = 0, size: int = 1
 ) -> Callable[[int], list[dict[str, Tensor]]]:
     """Bind a dataset and a sampler into what the training loop asks for.
 
     Args:
         dataset: The samples.
         sampler: Says which samples make up an update.
-        micro_batch: Samples in one forward pass; it divides the sampler's batch size.
+        micro_batch: Samples in one forward pass; it divides the samples of a process, see `fitting_micro_batch`.
+        rank: Which of several processes this is.
+        size: How many there are; each takes an equal, contiguous share of an update's micro-batches.
 
     Returns:
-        A function from an update's number to its micro-batches, each as `collate` makes it.
+        A function from an update's number to this process's micro-batches, each as `collate` makes it.
+
+    Raises:
+        LimbeckError: The samples of an update cannot be dealt out so.
     """
-    if sampler.batch_size % micro_batch:
+    share = share_of(sampler.batch_size, size)
+    if share % micro_batch:
         raise LimbeckError(
-            f"an update of {sampler.batch_size} samples in micro-batches of {micro_batch}",
-            expected="a micro_batch that divides it",
+            f"{share} samples of an update in micro-batches of {micro_batch}", expected="a micro_batch that divides it"
         )
-    return lambda step: [collate(dataset, indices) for indices in sampler[step].reshape(-1, micro_batch)]
+
+    def dealt(step: int) -> list[dict[str, Tensor]]:
+        own = sampler[step][rank * share : (rank + 1) * share]
+        return [collate(dataset, indices) for indices in own.reshape(-1, micro_batch)]
+
+    return dealt
+
+
+def share_of(batch_size: int, size: int) -> int:
+    """Samples of an update that each of `size` processes takes.
+
+    Raises:
+        LimbeckError: They do not come out even.
+    """
+    if batch_size % size:
+        raise LimbeckError(
+            f"an update of {batch_size} samples for {size} processes",
+            expected=f"a multiple of {size} samples, so that all have equal work",
+            hint="another number of processes, or other tokens_per_step",
+        )
+    return batch_size // size
+
+
+def fitting_micro_batch(batch_size: int, micro_batch: int, size: int) -> int:
+    """The greatest micro-batch, `micro_batch` at most, of which a process's share of an update is a multiple."""
+    share = share_of(batch_size, size)
+    return next(count for count in range(min(micro_batch, share), 0, -1) if share % count == 0)

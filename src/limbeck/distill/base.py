@@ -7,6 +7,7 @@ that data-parallel wrappers see every call.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeVar
 
 import torch
@@ -47,6 +48,13 @@ class Objective(ABC):
     @abstractmethod
     def trainable(self, student: PreTrainedModel) -> set[str]:
         """Names of the parameters that this objective can reach and lets learn."""
+
+    def units(self, student: PreTrainedModel) -> list[nn.Module]:
+        """The parts of the student that it calls, from the inside out: what a process gathers at once when sharded.
+
+        By default its blocks and then, around them, the whole student.
+        """
+        return [*blocks(student), student]
 
     @abstractmethod
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Losses:
@@ -179,6 +187,16 @@ def reached(student: PreTrainedModel, loss: Callable[[], Tensor]) -> set[str]:
         for name, parameter in named.items():
             parameter.requires_grad_(asked[name])
     return {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+
+
+def in_own_dtype(model: PreTrainedModel) -> AbstractContextManager[object]:
+    """While open, a model in a half-precision format computes in that alone.
+
+    Autocast would bring the input of every norm to float32 and its output back, for the same numbers.
+    """
+    if model.dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(model.device.type, enabled=False)
+    return nullcontext()
 
 
 def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -90,6 +90,11 @@ def predict(model: PreTrainedModel, inputs: dict[str, Any], then: Callable[[Pred
         return model(**inputs)
 
 
+def take_as_described(*models: PreTrainedModel) -> None:
+    """Do without the look at what models do to their head's output: for models without data."""
+    _as_described.update(models)
+
+
 def _check(model: PreTrainedModel, form: LogitForm, logits: Tensor) -> None:
     """Does a model do to its head's output, which was `PROBE`, what its family tells?"""
     found = logits.detach()[0, 0].float()

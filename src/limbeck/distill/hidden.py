@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from limbeck.distill.base import (
@@ -42,6 +42,11 @@ class HiddenObjective(Objective):
     def trainable(self, student: PreTrainedModel) -> set[str]:
         """Parameters of the swapped blocks, or of their mixers."""
         return mixer_parameters(student) if self.target == "mixer" else block_parameters(student)
+
+    def units(self, student: PreTrainedModel) -> list[nn.Module]:
+        """The mixers or the blocks that are compared, each by itself."""
+        found = mixers(student)
+        return list(found.values()) if self.target == "mixer" else [blocks(student)[index] for index in found]
 
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Losses:
         """See the class."""

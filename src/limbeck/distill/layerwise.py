@@ -1,7 +1,7 @@
 """CALD's layerwise distillation (METHODS 3): the text itself, while every layer stays near the teacher's."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from limbeck.distill.base import WHOLE_MODEL, Batch, Losses, Objective, register_objective, token_mean
+from limbeck.distill.base import (
+    WHOLE_MODEL,
+    Batch,
+    Losses,
+    Objective,
+    in_own_dtype,
+    reached,
+    register_objective,
+    token_mean,
+)
 from limbeck.distill.head import Predictions, head_losses, inputs_of, predict
 from limbeck.errors import LimbeckError, unknown
 from limbeck.ops.linear_kl_reference import IGNORED
@@ -76,8 +85,18 @@ class LayerwiseObjective(Objective):
                 raise unknown(f"{option} of layers", getattr(self, option), known)
 
     def trainable(self, student: PreTrainedModel) -> set[str]:
-        """Everything."""
-        return {name for name, _ in student.named_parameters()}
+        """Everything; without a loss on the predictions, all that the compared layers depend on."""
+        layers = range(len(blocks(student)) - self.skip_last)
+        if self.alpha_ce or self.alpha_logits or not layers:
+            return {name for name, _ in student.named_parameters()}
+
+        def probe() -> Tensor:
+            input_ids = torch.zeros(1, 2, dtype=torch.long, device=student.device)
+            with layer_outputs(student, layers, self.position) as outputs:
+                student(input_ids=input_ids, use_cache=False)
+            return torch.stack([output.sum().cpu() for output in outputs.values()]).sum()
+
+        return reached(student, probe)
 
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Losses:
         """See the class."""
@@ -155,9 +174,14 @@ class LayerwiseObjective(Objective):
         def predictions(found: Predictions) -> tuple[Predictions, Losses]:
             if not learns:
                 return found, {}
-            return found, head_losses(found, None, batch, kl_weight=0.0, ce_weight=1.0, temperature=1.0)
+            target = found._replace(states=found.states.detach())
+            return target, head_losses(found, None, batch, kl_weight=0.0, ce_weight=1.0, temperature=1.0)
 
-        with nullcontext() if learns else torch.no_grad(), layer_outputs(teacher, layers, self.position) as outputs:
+        with ExitStack() as stack:
+            if not learns:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(in_own_dtype(teacher))
+            outputs = stack.enter_context(layer_outputs(teacher, layers, self.position))
             target, own = predict(teacher, inputs_of(batch), predictions)
         targets = {index: hidden.detach() for index, hidden in outputs.items()}
         teacher_loss = {"teacher_loss": own["loss"]} if learns else {}

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from limbeck.distill.base import WHOLE_MODEL, Batch, Losses, Objective, register_objective
+from limbeck.distill.base import WHOLE_MODEL, Batch, Losses, Objective, in_own_dtype, register_objective
 from limbeck.distill.head import Predictions, head_losses, inputs_of, predict
 
 
@@ -38,7 +38,7 @@ class LogitsObjective(Objective):
         target = None
         if self.kl_weight:
             assert teacher is not None
-            with torch.no_grad():
+            with torch.no_grad(), in_own_dtype(teacher):
                 target = predict(teacher, inputs, lambda found: found)
 
         def losses(found: Predictions) -> Losses:

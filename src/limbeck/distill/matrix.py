@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -13,6 +13,7 @@ from limbeck.distill.observe import LayerSignals, observe
 from limbeck.errors import LimbeckError
 from limbeck.mixers import MatrixFactors, Mixer
 from limbeck.ops import matrix_distance
+from limbeck.ops.cards import on_gpu
 from limbeck.students import mixers
 
 STORED_LENGTH = 512
@@ -54,6 +55,10 @@ class MatrixObjective(Objective):
 
         return reached(student, probe)
 
+    def units(self, student: PreTrainedModel) -> list[nn.Module]:
+        """The mixers, each by itself."""
+        return list(mixers(student).values())
+
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Losses:
         """See the class."""
         assert teacher is not None
@@ -82,7 +87,7 @@ def layer_distance(mixer: Mixer, signals: LayerSignals) -> Tensor:
         distance = partial(_from_matrices, mixer, signals)
     else:
         distance = partial(_from_factors, factors, signals)
-    stores_matrices = factors is None or not inputs.is_cuda
+    stores_matrices = factors is None or not on_gpu(inputs)
     if stores_matrices and inputs.shape[1] > STORED_LENGTH and torch.is_grad_enabled():
         return checkpoint(distance, use_reentrant=False)
     return distance()

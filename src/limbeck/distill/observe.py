@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from limbeck.distill.base import in_own_dtype
 from limbeck.errors import LimbeckError
 from limbeck.mixers import Mixer
 from limbeck.students import attention_of, backbone, blocks, family_of, mixers
@@ -171,7 +172,7 @@ def observe(
     wanted = range(len(blocks(model))) if layers is None else [_layer_of(model, index) for index in layers]
     padding_mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
     record = _new_record(model, wanted, padding_mask)
-    with torch.set_grad_enabled(grad), _recording(model, record):
+    with torch.set_grad_enabled(grad), in_own_dtype(model), _recording(model, record):
         run = model if logits else backbone(model)
         output = run(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return Observation(record, output.logits if logits else None)

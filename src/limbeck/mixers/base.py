@@ -206,6 +206,21 @@ class Mixer(nn.Module, ABC):
             The output, (b, d), and the state after the token.
         """
 
+    def step_in_place(self, hidden_states: Tensor, state: MixerState) -> Tensor:
+        """Mix one more token, and write the state after it over the state before it, as a CUDA graph needs it.
+
+        Args:
+            hidden_states: (b, d); every row is a token.
+            state: The state after the tokens that came before; overwritten.
+
+        Returns:
+            The output, (b, d).
+        """
+        output, after = self.step(hidden_states, state)
+        for kept, new in zip(state, after, strict=True):
+            kept.copy_(new)
+        return output
+
     @abstractmethod
     def init_state(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

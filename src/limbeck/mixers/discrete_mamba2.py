@@ -141,12 +141,21 @@ class DiscreteMamba2(Mixer):
         self, hidden_states: Tensor, state: MixerState, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, MixerState]:
         """Mix one more token: see `Mixer.step`."""
-        xBC, z, A_log = self.in_proj(hidden_states).split(self.in_proj_widths, dim=-1)  # (b, …)
         mask = None if attention_mask is None else attention_mask.to(torch.bool)
+        return self._step(hidden_states, state, mask, in_place=False)
+
+    def step_in_place(self, hidden_states: Tensor, state: MixerState) -> Tensor:
+        """Mix one more token over its state: see `Mixer.step_in_place`."""
+        return self._step(hidden_states, state, None, in_place=True)[0]
+
+    def _step(
+        self, hidden_states: Tensor, state: MixerState, mask: Tensor | None, in_place: bool
+    ) -> tuple[Tensor, MixerState]:
+        xBC, z, A_log = self.in_proj(hidden_states).split(self.in_proj_widths, dim=-1)  # (b, …)
 
         def advance(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-            states, taken = (state.conv, state.recurrent), (self.D, self.z_bias)
-            return mixer_step(xBC, A_log, z, *states, weight, bias, *taken, activation=self.activation, mask=mask)
+            inputs = (xBC, A_log, z, state.conv, state.recurrent, weight, bias, self.D, self.z_bias)
+            return mixer_step(*inputs, activation=self.activation, mask=mask, in_place=in_place)
 
         out, *states = self.conv1d(advance)
         return self.out_proj(out), MixerState(*states)

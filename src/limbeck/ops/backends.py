@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError, unknown
+from limbeck.ops.cards import on_gpu
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels take; float64 goes to the reference."""
@@ -38,7 +39,7 @@ def choose_backend(operator: str, backend: str, tensor: Tensor, unsupported: str
     if tensor.dtype not in KERNEL_DTYPES:
         unsupported = str(tensor.dtype)
     if backend == "auto":
-        if tensor.device.type != "cuda":
+        if not on_gpu(tensor):
             return "reference"
         choice = "reference" if unsupported else "triton"
         if not torch.compiler.is_compiling():  # a log, or a look at what is installed, would break the graph

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from limbeck.ops.cards import card_of
+from limbeck.ops.inputs import rows_whole, whole_or
 
 # --- pieces of both kernels -------------------------------------------------------------------------------------------
 
@@ -316,13 +317,13 @@ def _forward(
     mask: Tensor | None, widths: list[int], silu: bool,
 ) -> list[Tensor]:  # fmt: skip
     b, l, _ = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rows_whole(x)
     launch = launch_of(x, silu, backward=False)
     options = _options(x, weight, bias, initial_state, seq_idx, mask, widths, silu, launch)
     pieces = [x.new_empty(b, l, width) for width in widths]
     conv_forward[(options["BLOCKS"][-1], triton.cdiv(l, launch.span), b)](
-        x, weight.contiguous(), *(_whole(tensor, x) for tensor in (bias, initial_state, seq_idx, mask)), tuple(pieces),
-        l, launch.span, *(stride // options["ALIGN"] for stride in x.stride()[:2]), **options,
+        x, weight.contiguous(), *(whole_or(tensor, x) for tensor in (bias, initial_state, seq_idx, mask)),
+        tuple(pieces), l, launch.span, *(stride // options["ALIGN"] for stride in x.stride()[:2]), **options,
     )  # fmt: skip
     return pieces
 
@@ -332,7 +333,7 @@ def _backward(
     seq_idx: Tensor | None, mask: Tensor | None, widths: list[int], silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (b, l, c), k = x.shape, weight.shape[1]
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rows_whole(x)
     launch = launch_of(x, silu, backward=True)
     options = _options(x, weight, bias, initial_state, seq_idx, mask, widths, silu, launch)
     spans = triton.cdiv(l + k - 1, launch.span)
@@ -340,7 +341,7 @@ def _backward(
     dstate = x.new_empty(0) if initial_state is None else x.new_empty(b, c, k - 1)
     sums = x.new_empty(b * spans, k + 1, c, dtype=torch.float32)
     conv_backward[(options["BLOCKS"][-1], spans, b)](
-        x, weight.contiguous(), *(_whole(tensor, x) for tensor in (bias, initial_state, seq_idx, mask)),
+        x, weight.contiguous(), *(whole_or(tensor, x) for tensor in (bias, initial_state, seq_idx, mask)),
         tuple(piece.contiguous() for piece in dy), dx, sums, dstate,
         l, launch.span, *(stride // options["ALIGN"] for stride in x.stride()[:2]), **options,
     )  # fmt: skip
@@ -348,11 +349,6 @@ def _backward(
     dweight = sums[:k].mT.to(weight.dtype).contiguous()
     dbias = x.new_empty(0) if bias is None else sums[k].to(bias.dtype).clone()
     return dx, dweight, dbias, dstate
-
-
-def _whole(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
-    """An optional tensor in one piece, or any pointer that will not be read."""
-    return otherwise if tensor is None else tensor.contiguous()
 
 
 def _forward_shapes(

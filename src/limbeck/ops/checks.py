@@ -1,12 +1,12 @@
 """Checks that every operator's door makes, with one wording."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from limbeck.errors import LimbeckError, unknown
+from limbeck.errors import LimbeckError
 
 # Asked once: torch 2.11 cannot compile the question.
 _WITH_AUTOCAST = {device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)}
@@ -67,16 +67,6 @@ def check_mask(operator: str, mask: Tensor | None, shape: tuple[int, ...]) -> No
             f"{operator} was given a mask of shape {tuple(mask.shape)} in {mask.dtype}",
             expected=f"bool of shape {shape}, True at a token",
         )
-
-
-def check_backend(operator: str, backend: str, known: Sequence[str]) -> None:
-    """Check the name of a backend.
-
-    Raises:
-        LimbeckError: When it is unknown.
-    """
-    if backend not in known:
-        raise unknown(f"backend of {operator}", backend, known)
 
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from limbeck.ops.cards import card_of
+from limbeck.ops.inputs import rows_whole, whole_or
 
 
 @triton.jit
@@ -187,16 +188,11 @@ def _arguments(tensors: list[Tensor], D: Tensor | None, z_bias: Tensor | None, l
     return [stride // align for stride in strides], options
 
 
-def _rows_whole(tensor: Tensor) -> Tensor:
-    """The tensor as it is where its last dimension is one piece of memory, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _forward(y: Tensor, x: Tensor | None, D: Tensor | None, z: Tensor, z_bias: Tensor | None) -> Tensor:
     (b, l, _), launch = z.shape, launch_of(z, backward=False)
     out = z.new_empty(z.shape)
-    y, x, z = _rows_whole(y), _rows_whole(y if x is None else x), _rows_whole(z)
-    D_, z_bias_ = (y if tensor is None else tensor.contiguous() for tensor in (D, z_bias))
+    y, x, z = rows_whole(y), rows_whole(y if x is None else x), rows_whole(z)
+    D_, z_bias_ = (whole_or(tensor, y) for tensor in (D, z_bias))
     strides, options = _arguments([y, x, z], D, z_bias, launch)
     grid = (triton.cdiv(z.shape[2], launch.channels), triton.cdiv(l, launch.span), b)
     gate_forward[grid](y, x, D_, z, z_bias_, out, l, launch.span, *strides, **options)
@@ -210,8 +206,8 @@ def _backward(
     dy, dx, dD, dz, dz_bias = _backward_shapes(dout, y, x, D, z, z_bias)
     spans = triton.cdiv(l, launch.span)
     sums = z.new_empty(b * spans, 2, c, dtype=torch.float32)
-    dout, y, x_, z = _rows_whole(dout), _rows_whole(y), _rows_whole(y if x is None else x), _rows_whole(z)
-    D_, z_bias_ = (y if tensor is None else tensor.contiguous() for tensor in (D, z_bias))
+    dout, y, x_, z = rows_whole(dout), rows_whole(y), rows_whole(y if x is None else x), rows_whole(z)
+    D_, z_bias_ = (whole_or(tensor, y) for tensor in (D, z_bias))
     strides, options = _arguments([y, x_, z, dout], D, z_bias, launch)
     gate_backward[(triton.cdiv(c, launch.channels), spans, b)](
         dout, y, x_, D_, z, z_bias_, dy, dx, dz, sums, l, launch.span, *strides, **options

@@ -30,12 +30,12 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from limbeck.ops.cards import Card, card_of
+from limbeck.ops.inputs import document_starts, rows_whole
 
 BLOCK = 128
 """Tokens that are forgotten together; tiles divide it."""
@@ -455,14 +455,16 @@ class Launch(NamedTuple):
         """As Triton takes them."""
         return {"OWN": self.own, "WALK": self.walk, "num_warps": self.warps, "num_stages": self.stages}
 
-    def fits(self, row: int, N: int, itemsize: int, card: Card) -> bool:
-        """Whether tiles of rows of `row` bytes fit into shared memory, and accumulators into registers.
+    def fits(self, K: int, N: int, itemsize: int, card: Card) -> bool:
+        """Whether tiles of K + N columns fit into shared memory, and accumulators into registers.
 
         Two products of (own, walk) and one of (own, N) accumulate at once. float32 is multiplied in three parts, which
-        take as much again of both.
+        take as much again of both tiles; on all cards but Hopper, threads hold the tile that is walked.
         """
         wide = itemsize == 4
-        shared = (self.own * (2 if wide else 1) + self.walk * self.stages) * row + 1024
+        if wide and card.capability[0] != 9 and self.walk * max(K, N) > 4096:
+            return False
+        shared = (self.own * (2 if wide else 1) + self.walk * (self.stages + wide)) * (K + N) * itemsize + 1024
         accumulators = self.own * (2 * self.walk + N) // (32 * self.warps)
         return shared <= card.shared_memory and accumulators <= (64 if wide else 160)
 
@@ -481,8 +483,8 @@ _LAUNCHES = (
 
 def launches(K: int, N: int, itemsize: int, card: Card) -> tuple[Launch, Launch]:
     """The launches of the normaliser and of the two walks, for padded widths of q and k and of B and C."""
-    normaliser = next((x for x in _LAUNCHES if x.fits(K * itemsize, 0, itemsize, card)), _LAUNCHES[-1])
-    walks = next((x for x in _LAUNCHES if x.fits((K + N) * itemsize, N, itemsize, card)), _LAUNCHES[-1])
+    normaliser = next((x for x in _LAUNCHES if x.fits(K, 0, itemsize, card)), _LAUNCHES[-1])
+    walks = next((x for x in _LAUNCHES if x.fits(K, N, itemsize, card)), _LAUNCHES[-1])
     return normaliser, walks
 
 
@@ -524,10 +526,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The distances, and their gradients times them: of log_decay (b, h, l), B and C per head, D per batch entry."""
     (b, h, l, d), n = query.shape, B.shape[-1]
-    query, key, B, C = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, B, C))
+    query, key, B, C = (rows_whole(tensor) for tensor in (query, key, B, C))
     K, N = _padded(d), _padded(n)
     normaliser, walks = launches(K, N, max(query.itemsize, B.itemsize), card_of(query))
-    fresh = None if seq_idx is None else F.pad(seq_idx.diff(dim=1) != 0, (1, 0))  # (b, l), where documents begin
+    fresh = None if seq_idx is None else document_starts(seq_idx)
     windowed = fresh is not None or (sliding_window is not None and sliding_window < l)
     first = _first_columns(query, fresh, sliding_window) if windowed else log_decay
     options: dict[str, Any] = {

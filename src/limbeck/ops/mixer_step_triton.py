@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from limbeck.ops.inputs import rows_whole, whole_or
 from limbeck.ops.mixer_step_reference import mixer_step_reference
 
 TILE = 16384
@@ -153,8 +154,8 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     """Write the new states where they belong; old and new ones are contiguous, conv ones in xBC's dtype."""
     (b, h, p, n), (c, k) = state.shape, weight.shape
-    xBC, A_log, z = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (xBC, A_log, z))
-    bias_, z_bias_, mask_ = (xBC if tensor is None else tensor.contiguous() for tensor in (bias, z_bias, mask))
+    xBC, A_log, z = (rows_whole(tensor) for tensor in (xBC, A_log, z))
+    bias_, z_bias_, mask_ = (whole_or(tensor, xBC) for tensor in (bias, z_bias, mask))
     out = z.new_empty(b, h * p)
     columns = triton.next_power_of_2(n)
     rows = min(triton.next_power_of_2(p), TILE // columns)

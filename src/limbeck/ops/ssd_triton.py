@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from limbeck.ops.cards import Card, card_of
+from limbeck.ops.inputs import document_starts, rows_whole, whole_or
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NOTHING = tl.constexpr(-200.0)
@@ -363,8 +364,7 @@ class Launch(NamedTuple):
 
     Attributes:
         q: Tokens of a chunk.
-        bp: Columns of a tile of p in the walks.
-        bp_back: Columns of a tile of p in `ssd_gradients`.
+        bp: Columns of a tile of p.
         stages: Of `ssd_forward`.
         stages_walk: Of `ssd_walk`.
         stages_back: Of `ssd_gradients`.
@@ -374,7 +374,6 @@ class Launch(NamedTuple):
 
     q: int
     bp: int
-    bp_back: int
     stages: int = 1
     stages_walk: int = 1
     stages_back: int = 1
@@ -389,14 +388,14 @@ def launch_for(p: int, n: int, dtype: torch.dtype, card: Card) -> Launch:
     table = []
     if narrow and card.capability >= (9, 0):
         if bn <= 64:
-            table.append(Launch(64, widest, widest, stages=3, stages_walk=3, stages_back=2, span=4))
+            table.append(Launch(64, widest, stages=3, stages_walk=3, stages_back=2, span=4))
         if bn <= 128:
-            table.append(Launch(64, widest, widest, stages=2, stages_walk=3))
+            table.append(Launch(64, widest, stages=2, stages_walk=3))
     if narrow and bn <= 128:
-        table.append(Launch(32, widest, widest, stages=2, stages_walk=2))
+        table.append(Launch(32, widest, stages=2, stages_walk=2))
     if narrow or bn <= 64:
-        table.append(Launch(32, min(32, widest), min(32, widest), warps=8))
-    table.append(Launch(16, 16, 16, warps=8))
+        table.append(Launch(32, min(32, widest), warps=8))
+    table.append(Launch(16, 16, warps=8))
     for launch in table:
         if _shared(launch, bn, dtype.itemsize) <= card.shared_memory:
             return launch
@@ -405,11 +404,9 @@ def launch_for(p: int, n: int, dtype: torch.dtype, card: Card) -> Launch:
 
 def _shared(launch: Launch, bn: int, size: int) -> int:
     """About the bytes of shared memory of the larger of walk and gradients: tiles loaded, and operands made of them."""
-    q, bp = launch.q, launch.bp_back
+    q, bp = launch.q, launch.bp
     gradients = ((2 * q * bp + 2 * q * bn + 2 * bn * bp) * launch.stages_back + 2 * q * q) * size + q * bn * 4
-    walk = (
-        (q * launch.bp + 2 * q * bn) * max(launch.stages, launch.stages_walk - 1) + q * launch.bp + bn * launch.bp
-    ) * size
+    walk = ((q * bp + 2 * q * bn) * max(launch.stages, launch.stages_walk - 1) + q * bp + bn * bp) * size
     return max(gradients, walk)
 
 
@@ -471,9 +468,7 @@ def ssd_triton(
     Returns:
         y, (b, l, h, p) in x's dtype, and the state after the last token, (b, h, p, n) in float32.
     """
-    fresh = None
-    if seq_idx is not None:  # the first token of a document, except of the first
-        fresh = torch.nn.functional.pad(seq_idx.diff(dim=1) != 0, (1, 0))  # (b, l)
+    fresh = None if seq_idx is None else document_starts(seq_idx)
     inputs = (x, log_decay, B, C, initial_state)
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     y, state, _, _ = _ssd(*inputs, fresh, keep)
@@ -491,17 +486,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = _Shape.of(x, B)
     y, last, w, states = outputs = _shapes(x, log_decay, B, C, initial_state, fresh, keep)
-    x, B, C = (_rows_whole(tensor) for tensor in (x, B, C))
+    x, B, C = (rows_whole(tensor) for tensor in (x, B, C))
     b, l, h = log_decay.shape
     heads = min(32, padded(h))
     ssd_summed[shape.all_chunks, _cdiv(h, heads), b](
-        log_decay, _or(fresh, x), w, *log_decay.stride(), l, h, w.stride(0),
+        log_decay, whole_or(fresh, x), w, *log_decay.stride(), l, h, w.stride(0),
         HAS_FRESH=fresh is not None, Q=shape.launch.q, HEADS=heads, EXACT=shape.constants["EXACT"],
     )  # fmt: skip
     entering = _entering(shape, x, w, B, initial_state, back=False)
     grid, options = shape.walk(shape.segments, shape.launch.stages)
     ssd_forward[grid](
-        x, w, B, C, _or(entering, x), y, last, states,
+        x, w, B, C, whole_or(entering, x), y, last, states,
         *_strides(x), *_strides(B), *_strides(C), l, shape.chunks, shape.all_chunks,
         h, B.shape[2], x.stride(1), B.stride(1), C.stride(1),
         HAS_ENTERING=entering is not None, KEEP=keep, **options,
@@ -523,7 +518,7 @@ def _entering(shape: _Shape, x: Tensor, w: Tensor, B: Tensor, first: Tensor | No
         BACK=back, KEEP=False, HAS_ENTERING=False, **options,
     )  # fmt: skip
     ssd_pass_on[shape.rows, _cdiv(p * n, 1024)](
-        states, totals, _or(first, x), shape.segments, shape.rows,
+        states, totals, whole_or(first, x), shape.segments, shape.rows,
         BACK=back, HAS_FIRST=first is not None, SIZE=p * n, BLOCK=1024,
     )  # fmt: skip
     return states
@@ -541,24 +536,24 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = _Shape.of(x, B)
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    dy, x, B, C = (_rows_whole(tensor) for tensor in (dy, x, B, C))
+    dy, x, B, C = (rows_whole(tensor) for tensor in (dy, x, B, C))
     entering = _entering(shape, dy, w, C, dlast, back=True)
     dstates, dinitial = torch.empty_like(states), w.new_empty(b, h, p, n)
     grid, options = shape.walk(shape.segments, shape.launch.stages_walk)
     ssd_walk[grid](
-        dy, w, C, _or(entering, x), dstates, dinitial, w,
+        dy, w, C, whole_or(entering, x), dstates, dinitial, w,
         *_strides(dy), *_strides(C), l, shape.chunks, shape.all_chunks, h, g, dy.stride(1), C.stride(1),
         BACK=True, KEEP=True, HAS_ENTERING=entering is not None, **options,
     )  # fmt: skip
-    tiles, span = _cdiv(p, shape.launch.bp_back), shape.launch.span
+    tiles, span = _cdiv(p, shape.launch.bp), shape.launch.span
     dx = x.new_empty(b, l, h, p)
     da = w.new_empty(tiles, b, l, h)
     dB, dC = (x.new_empty(tiles, b, l, h, n) for _ in range(2))
     ssd_gradients[h * tiles, _cdiv(shape.all_chunks, span), b](
-        dy, x, w, B, C, _or(fresh, x), states, dstates, dx, da, dB, dC,
+        dy, x, w, B, C, whole_or(fresh, x), states, dstates, dx, da, dB, dC,
         *_strides(dy), *_strides(x), *_strides(B), *_strides(C), l, shape.all_chunks,
         h, g, dy.stride(1), x.stride(1), B.stride(1), C.stride(1),
-        HAS_FRESH=fresh is not None, SPAN=span, BP=shape.launch.bp_back, **shape.constants,
+        HAS_FRESH=fresh is not None, SPAN=span, BP=shape.launch.bp, **shape.constants,
         num_warps=shape.launch.warps, num_stages=shape.launch.stages_back,
     )  # fmt: skip
     if tiles == 1 and g == h:
@@ -571,16 +566,6 @@ def _backward(
 def _strides(tensor: Tensor) -> tuple[int, int]:
     """From sample to sample and from head to head; the one from token to token is a constant of the kernels."""
     return tensor.stride(0), tensor.stride(2)
-
-
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """The tensor, contiguous; where there is none, something whose pointer the kernel will not follow."""
-    return stand_in if tensor is None else tensor.contiguous()
-
-
-def _rows_whole(tensor: Tensor) -> Tensor:
-    """The tensor as it is where its last dimension is one piece of memory, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 # --- the operator -----------------------------------------------------------------------------------------------------

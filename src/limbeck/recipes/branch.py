@@ -19,7 +19,7 @@ from limbeck.recipes.folder import RUN_FILE, STAGE_FILE, RunFolder, RunPaths, di
 from limbeck.recipes.schema import Recipe
 from limbeck.training import Checkpoints, read_state
 
-FREE = {"name", "description", "teacher", "evaluation", "tf32"}
+FREE = {"name", "description", "teacher", "evaluation", "engine", "tracking", "tf32"}
 FREE_IN_STAGE = {
     *("objective", "target", "kl_weight", "ce_weight", "alpha_ce", "alpha_layer", "alpha_logits", "temperature"),
     *("norm", "distance", "skip_last", "position", "mask", "guidance", "guidance_until", "guidance_until_tokens"),

@@ -1,8 +1,9 @@
 """Driving the stages of a run: each from its predecessor's student to its own."""
 
+import gc
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,30 +12,37 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from limbeck.data import BatchSampler, Samples, collate, micro_batches
+from limbeck.data import BatchSampler, Samples, collate, fitting_micro_batch, micro_batches
 from limbeck.devices import environment
 from limbeck.distill import WHOLE_MODEL, GuidedStep, StageStep, make_objective, mixer_parameters
+from limbeck.errors import LimbeckError
 from limbeck.evaluation import agreement, perplexity
 from limbeck.mixers import Mixer
-from limbeck.progress import console
-from limbeck.recipes.folder import RunFolder
-from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe, Stage
+from limbeck.progress import console, say
+from limbeck.recipes.folder import RunFolder, RunPaths
+from limbeck.recipes.placement import mesh_of
+from limbeck.recipes.schema import AnyStage, EngineTable, LayerwiseStage, Recipe, Stage
 from limbeck.recipes.teachers import Teachers
 from limbeck.students import load_model
 from limbeck.training import (
     Checkpoints,
     Companion,
     MetricsLog,
+    OutOfMemory,
     StageResult,
+    World,
     learning_summary,
     learning_table,
     load_learned,
     make_adamw,
     parameter_groups,
+    shard,
     train_stage,
+    whole_weights,
 )
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONVERTED = "converted"
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_temp")
 
 
@@ -50,53 +58,92 @@ class Driver:
     """Runs the stages of one run, one after the other.
 
     Args:
-        run: The run's folder.
+        run: The run's folder; rank 0 alone may write in it.
         recipe: As it runs.
         teacher: Where the recipe's teacher is; it is loaded when a stage first needs it.
         samples: What is read.
-        device: Where to train.
+        world: The processes, and where this one trains.
     """
 
-    def __init__(self, run: RunFolder, recipe: Recipe, teacher: str, samples: RunSamples, device: torch.device):
-        self.run, self.recipe, self.samples, self.device = run, recipe, samples, device
-        half = "bfloat16" if device.type == "cuda" else "float32"
+    def __init__(self, run: RunPaths, recipe: Recipe, teacher: str, samples: RunSamples, world: World):
+        self.run, self.recipe, self.samples, self.world, self.device = run, recipe, samples, world, world.device
+        half = "bfloat16" if self.device.type == "cuda" else "float32"
         self.autocast = PRECISIONS[half if recipe.precision == "auto" else recipe.precision]
-        self.teachers = Teachers(teacher, self.autocast, device)
+        self.mesh = mesh_of(recipe, teacher, run.stage(0, CONVERTED) / "student", self.autocast, world)
+        self.teachers = Teachers(teacher, self.autocast, self.device, self.mesh)
 
     def run_stage(self, index: int, name: str, predecessor: str) -> None:
-        """Train one stage from its predecessor's student and leave its own."""
+        """Train one stage from its predecessor's student and leave its own.
+
+        Where an update does not fit in memory, the stage is built anew with half the micro-batch, and goes on from its
+        last checkpoint.
+        """
         stage = self.recipe.stages[name]
-        start = self.run.verified(index - 1, predecessor)
-        student = load_model(start, dtype=torch.float32, device=self.device).train()
+        start = self.world.first(lambda: str(self.run.verified(index - 1, predecessor)))
+        samples = stage.samples_per_step(self.recipe.data.sequence_length)
+        micro_batch = fitting_micro_batch(samples, stage.micro_batch, self.world.size)
+        if micro_batch < stage.micro_batch:
+            say(f"{name}: micro-batches of {micro_batch} samples, to deal {samples} out to {self.world.size} processes")
+        while not self._trained(index, name, Path(start), micro_batch):
+            gc.collect()  # a step module and its hooks refer to each other in circles
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            smaller = fitting_micro_batch(samples, micro_batch // 2, self.world.size) if micro_batch > 1 else 0
+            if not smaller:
+                raise LimbeckError(
+                    f"stage {name}: out of memory with one sample in a micro-batch",
+                    expected=f"memory for {self.recipe.data.sequence_length} tokens, the model and its optimiser",
+                    hint='engine.parallel = "fsdp" over more GPUs, or a smaller data.sequence_length',
+                )
+            say(f"{name}: out of memory with micro-batches of {micro_batch} samples; going on with {smaller}")
+            micro_batch = smaller
+
+    def _trained(self, index: int, name: str, start: Path, micro_batch: int) -> bool:
+        """Train a stage and leave its student; False where memory did not suffice."""
+        stage = self.recipe.stages[name]
+        student = load_model(start, dtype=torch.float32, device=None if self.mesh else self.device).train()
         step, companion = self._step(stage, student)
+        if self.mesh is not None:
+            shard(student, step.objective.units(student), self.mesh)
         optimizer = optimizer_of(step, stage)
         learns = learning_summary(step, optimizer.param_groups)
         title = f"stage {name} ({stage.objective}): {stage.steps} updates of {stage.tokens_per_step:,} tokens"
         console().print(learning_table(learns, title=title))
         every = stage.interval_of(self.recipe.evaluation.every) if self.samples.held_out else 0
-        with MetricsLog(self.run.metrics) as metrics, _tf32(self.recipe.tf32):
-            result = train_stage(
-                step,
-                optimizer,
-                stage=name,
-                batches=micro_batches(self.samples.training, self._sampler(name), stage.micro_batch),
-                schedule=stage.learning_rate,
-                total_steps=stage.steps,
-                tokens_per_step=stage.tokens_per_step,
-                metrics=metrics,
-                checkpoints=checkpoints_of(self.run, index, name, stage),
-                checkpoint_every=stage.checkpoint_steps or None,
-                evaluate=lambda: self._evaluate(stage, step),
-                eval_every=every or None,
-                clip=stage.clip or None,
-                autocast=self.autocast,
-                device=self.device,
-                seed=self.recipe.data.seed,
-                enter=step.enter if isinstance(step, GuidedStep) else None,
-                companion=companion,
-            )
+        sampler = self._sampler(name)
+        interval = stage.checkpoint_interval(sampler.dataset_size, self.recipe.data.sequence_length)
+        share = {"rank": self.world.rank, "size": self.world.size}
+        log = MetricsLog(self.run.metrics) if self.world.main else nullcontext()
+        with log as metrics, _tf32(self.recipe.tf32):
+            try:
+                result = train_stage(
+                    step,
+                    optimizer,
+                    stage=name,
+                    batches=micro_batches(self.samples.training, sampler, micro_batch, **share),
+                    schedule=stage.learning_rate,
+                    total_steps=stage.steps,
+                    tokens_per_step=stage.tokens_per_step,
+                    metrics=metrics,
+                    checkpoints=checkpoints_of(self.run, index, name, stage, self.recipe.engine, self.world),
+                    checkpoint_every=interval or None,
+                    evaluate=lambda: self._evaluate(stage, step),
+                    eval_every=every or None,
+                    clip=stage.clip or None,
+                    autocast=self.autocast,
+                    device=self.device,
+                    seed=self.recipe.data.seed,
+                    enter=step.enter if isinstance(step, GuidedStep) else None,
+                    companion=companion,
+                    log_every=self.recipe.engine.log_every,
+                    world=self.world,
+                )
+            except OutOfMemory:
+                return False
         facts = {"learns": [asdict(row) for row in learns], "environment": environment(self.device)}
+        facts |= {"processes": self.world.size}
         self._leave(index, name, start, step, result, facts)
+        return True
 
     def _step(self, stage: AnyStage, student: PreTrainedModel) -> tuple[StageStep, Companion | None]:
         """What the stage trains, and what learns beside it."""
@@ -146,13 +193,19 @@ class Driver:
         if best:
             facts |= {"weights_of_step": result.best_step, "held_out_loss": result.best_loss}
 
+        weights = whole_weights(step.student) if self.mesh is not None else None
+
         def write(folder: Path) -> None:
-            step.student.save_pretrained(folder)
+            step.student.save_pretrained(folder, state_dict=weights)
             for file in start.iterdir():
                 if file.name.startswith(TOKENIZER_FILES):
                     shutil.copy2(file, folder)
 
-        self.run.publish(index, name, write, **facts)
+        def publish() -> None:
+            assert isinstance(self.run, RunFolder)
+            self.run.publish(index, name, write, **facts)
+
+        self.world.first(publish)
 
 
 def optimizer_of(step: StageStep, stage: Stage) -> torch.optim.AdamW:
@@ -177,15 +230,24 @@ def optimizer_of(step: StageStep, stage: Stage) -> torch.optim.AdamW:
     return make_adamw(groups, betas=stage.betas)
 
 
-def checkpoints_of(run: RunFolder, index: int, name: str, stage: AnyStage) -> Checkpoints:
-    """The checkpoints of a stage: the last two, those that are kept, and the one at its switch."""
+def checkpoints_of(
+    run: RunPaths, index: int, name: str, stage: AnyStage, engine: EngineTable, world: World
+) -> Checkpoints:
+    """The checkpoints of a stage: the last ones, those that are kept, and the one at its switch."""
     kept = stage.interval_of(stage.keep_every)
 
     def keep_for_good(step: int) -> bool:
         return step == stage.switch_step or (kept > 0 and step % kept == 0)
 
-    folder = run.stage(index, name) / "checkpoints"
-    return Checkpoints(folder, stage=name, fingerprint=run.run_id, keep_for_good=keep_for_good)
+    return Checkpoints(
+        run.stage(index, name) / "checkpoints",
+        stage=name,
+        fingerprint=run.run_id,
+        keep=engine.keep_last,
+        keep_for_good=keep_for_good,
+        asynchronous=world.device.type == "cuda" if engine.async_save is None else engine.async_save,
+        world=world,
+    )
 
 
 def held_out_batches(dataset: Samples | None, recipe: Recipe) -> list[dict[str, Tensor]]:

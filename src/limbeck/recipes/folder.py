@@ -29,10 +29,12 @@ from filelock import FileLock, Timeout
 
 from limbeck.errors import LimbeckError
 from limbeck.files import replacing_folder, sha256, write_text
+from limbeck.progress import say
 
 RUN_FILE = "run.json"
 STAGE_FILE = "stage.json"
 LOCK_FILE = ".lock"
+RUN_ID = "begun_as"
 
 
 class RunPaths:
@@ -46,7 +48,7 @@ class RunPaths:
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]):
         self.path = Path(path)
         self.identity = json.loads(json.dumps(identity))  # as it will be read back
-        self.run_id = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.run_id = id_of(self.identity)
 
     @property
     def metrics(self) -> Path:
@@ -102,14 +104,15 @@ class RunFolder(RunPaths):
     Args:
         path: The folder; made when it is not there.
         identity: What makes this run this one: plain JSON, compared as a whole when the folder exists.
+        accept_changes: Go on under another identity, if what the run has done by now does not depend on what changed.
 
     Raises:
         LimbeckError: The folder belongs to another run, holds other things, or another process is working in it.
     """
 
-    def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]):
+    def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any], *, accept_changes: bool = False):
         super().__init__(path, identity)
-        self._begun_here = False
+        self._begun_here, self._accepts = False, accept_changes
         self._check()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / LOCK_FILE, blocking=False)
@@ -125,23 +128,47 @@ class RunFolder(RunPaths):
         if not (self.path / RUN_FILE).is_file():
             write_text(self.path / RUN_FILE, json.dumps(self.identity, indent=1))
             self._begun_here = True
+        elif (found := json.loads((self.path / RUN_FILE).read_text())) != self._as_written(found):
+            for line in differences(without_id(found), self.identity):
+                say(f"changed: {line}")
+            write_text(self.path / RUN_FILE, json.dumps(self._as_written(found), indent=1))
 
     def _check(self) -> None:
         """Refuse a folder that is not this run's to write in."""
         owner = self.path / RUN_FILE
         if owner.is_file():
             found = json.loads(owner.read_text())
-            if found != self.identity:
+            self.run_id = id_of(found)
+            changes = differences(without_id(found), self.identity)
+            done = differences(self._done(found), self._done(self.identity))
+            if done or (changes and not self._accepts):
                 raise LimbeckError(
-                    f"{self.path} holds another run: {'; '.join(differences(found, self.identity))}",
-                    expected="the run that was started there, to resume it",
-                    hint="give the same recipe, teacher and data, or another --output",
+                    f"{self.path} holds another run:" + "".join(f"\n  {line}" for line in done or changes),
+                    expected="what it was begun with" + (", in all that it has done by now" if done else ""),
+                    hint="another --output" + ("" if done else ", or --accept-changes to go on under the new recipe"),
                 )
             return
         if self.path.exists() and not (self.path.is_dir() and all(map(_unfinished, self.path.iterdir()))):
             raise LimbeckError(
                 f"{self.path} exists and holds no run", expected="a new folder", hint="give another --output"
             )
+
+    def _done(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What of an identity the folder's content rests on: the start, and the stages that have ended."""
+        if "recipe" not in identity:  # a demo's folder: all of it
+            return identity
+        recipe = identity["recipe"]
+        stages = {
+            name: stage
+            for index, (name, stage) in enumerate(recipe["stages"].items(), start=1)
+            if self.finished(index, name)
+        }
+        start = {key: identity.get(key) for key in ("teacher", "student", "tokenizer", "data", "held_out", "from")}
+        return start | {"recipe": {"student": recipe["student"], "stages": stages}}
+
+    def _as_written(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The identity as run.json keeps it: with the id that the seals of an earlier one speak of."""
+        return self.identity if found == self.identity else {**self.identity, RUN_ID: id_of(found)}
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
@@ -180,6 +207,16 @@ class RunFolder(RunPaths):
         with replacing_folder(self.student) as folder:
             for file in source.iterdir():
                 shutil.copy2(file, folder)
+
+
+def id_of(identity: dict[str, Any]) -> str:
+    """The id of a run: the digest of the identity that it was begun with."""
+    return identity.get(RUN_ID) or hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def without_id(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity as it is given."""
+    return {key: value for key, value in identity.items() if key != RUN_ID}
 
 
 def digests(folder: Path) -> dict[str, str]:

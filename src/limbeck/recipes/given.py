@@ -12,6 +12,9 @@ from limbeck.recipes.schema import Recipe, SourceTable
 from limbeck.students import check_files, family_of, load_config, student_config
 from limbeck.students.families import STUDENT_PREFIX
 
+FREE = dict.fromkeys(("description", "evaluation", "engine", "tracking"), True)
+"""Parts of a recipe that a run may resume without, or with others."""
+
 
 def needed(value: str | Path | None, what: str, hint: str) -> str:
     """What the command or the recipe names, as text."""
@@ -63,6 +66,30 @@ def check_student(student: str | Path, teacher: PretrainedConfig, recipe: Recipe
             expected="its teacher's: {}, {} layers of width {}".format(*expected),
             hint="convert the student from this teacher, or leave out all stages but those on the logits",
         )
+
+
+def identity_of(
+    recipe: Recipe,
+    teacher: str,
+    student: str | Path | None,
+    tokenizer: str | Path | None,
+    sources: list[SourceTable],
+    further_teachers: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What tells a run from others: all that its result depends on; how it is driven and watched may change."""
+    return {
+        "recipe": recipe.model_dump(
+            mode="json", exclude={"stages": {"__all__": {"expect"}}, **dict.fromkeys(FREE, True)}
+        ),
+        "teacher": checkpoint_identity(teacher),
+        "student": None if student is None else checkpoint_identity(student),
+        "tokenizer": normal(tokenizer or teacher),
+        "data": [text_identity(source.path) for source in sources]
+        if len(sources) > 1
+        else text_identity(sources[0].path),
+        **({"further_teachers": further_teachers} if further_teachers else {}),
+        "held_out": None if recipe.data.eval_source is None else text_identity(recipe.data.eval_source),
+    }
 
 
 def checkpoint_identity(source: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from limbeck.errors import LimbeckError, unknown
-from limbeck.recipes.schema import STAGES, DataTable, EvaluationTable, Recipe, StudentTable, Table
+from limbeck.recipes.schema import STAGES, DataTable, EngineTable, EvaluationTable, Recipe, StudentTable, Table
 
 Key = tuple[str, ...]
 LENGTHS = {"steps": "tokens", "tokens": "steps"}
@@ -25,6 +25,7 @@ TABLES: Mapping[str, type[Table]] = {
     "student": StudentTable,
     "data": DataTable,
     "evaluation": EvaluationTable,
+    "engine": EngineTable,
     **{f"stages.{objective}": stage for objective, stage in STAGES.items()},
 }
 EXPECTED = {  # pydantic's kinds of error whose own words are not those of TOML

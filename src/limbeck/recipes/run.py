@@ -5,28 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from limbeck.data import Samples, mixed, open_samples, split_samples
-from limbeck.devices import choose_device
 from limbeck.errors import LimbeckError
 from limbeck.files import write_text
 from limbeck.progress import say
 from limbeck.recipes.branch import branch, check_branch, find_origin
-from limbeck.recipes.driver import Driver, RunSamples
-from limbeck.recipes.folder import RunFolder
-from limbeck.recipes.given import (
-    check_conversion,
-    check_student,
-    checkpoint_identity,
-    given_sources,
-    needed,
-    normal,
-    text_identity,
-)
+from limbeck.recipes.driver import CONVERTED, Driver, RunSamples
+from limbeck.recipes.folder import RunFolder, RunPaths
+from limbeck.recipes.given import check_conversion, check_student, given_sources, identity_of, needed
 from limbeck.recipes.schema import Recipe, SourceTable
 from limbeck.recipes.teachers import check_further_teachers, smallest_vocabulary
 from limbeck.recipes.write import to_toml
 from limbeck.students import convert_folder, load_config, load_tokenizer
-
-CONVERTED = "converted"
+from limbeck.training import World
 
 
 @dataclass(frozen=True)
@@ -55,6 +45,8 @@ def distill(
     tokens: int | None = None,
     device: str | None = None,
     origin: str | None = None,
+    accept_changes: bool = False,
+    world: World | None = None,
 ) -> RunResult:
     """Run a recipe to its end, or go on where an earlier call was interrupted.
 
@@ -69,6 +61,8 @@ def distill(
         device: Where to train; by default a GPU if there is one.
         origin: ``RUN@STEP``, a checkpoint of another run to go on from under changed losses; see
             `limbeck.recipes.branch`.
+        accept_changes: Go on under a changed recipe, where the stages that have ended do not depend on the change.
+        world: The processes that run it together, each by this call; by default those that torchrun started.
 
     Returns:
         Where everything lies.
@@ -77,10 +71,13 @@ def distill(
         LimbeckError: Something is missing or does not fit; the output belongs to another run; a predecessor's weights
             are not what it wrote; a loss is not finite.
     """
+    if world is None:
+        with World.join(device) as world:
+            options = {"teacher": teacher, "student": student, "tokenizer": tokenizer, "data": data, "tokens": tokens}
+            return distill(recipe, output=output, **options, origin=origin, accept_changes=accept_changes, world=world)
     teacher = needed(teacher or recipe.teacher, "teacher", "--teacher with a folder or a hub id")
     sources = given_sources(data, recipe)
     recipe = recipe if tokens is None else recipe.scaled_to(tokens)
-    place = choose_device(device)
     teacher_config = load_config(teacher)
     if origin is not None and student is not None:
         raise LimbeckError("--student together with --from", expected="one start: a branch has its student already")
@@ -88,38 +85,39 @@ def distill(
         check_student(student, teacher_config, recipe)
     else:
         check_conversion(teacher_config, recipe)
-
-    further = check_further_teachers(recipe, teacher_config)
-    identity = {
-        "recipe": recipe.model_dump(mode="json", exclude={"stages": {"__all__": {"expect"}}}),
-        "teacher": checkpoint_identity(teacher),
-        "student": None if student is None else checkpoint_identity(student),
-        "tokenizer": normal(tokenizer or teacher),
-        "data": [text_identity(source.path) for source in sources]
-        if len(sources) > 1
-        else text_identity(sources[0].path),
-        **({"further_teachers": further} if further else {}),
-        "held_out": None if recipe.data.eval_source is None else text_identity(recipe.data.eval_source),
-    }
+    identity = identity_of(recipe, teacher, student, tokenizer, sources, check_further_teachers(recipe, teacher_config))
     start = None if origin is None else find_origin(origin)
     if start is not None:
         check_branch(start, recipe, identity)
         identity["from"] = start.identity
-    run = RunFolder(output, identity)
-    with run.preparing():
-        write_text(run.path / "recipe.toml", to_toml(recipe))
-        samples = _samples(run, recipe, tokenizer or teacher, sources, smallest_vocabulary(recipe, teacher_config))
-        if start is not None:
-            branch(start, run)
-        if not run.finished(0, CONVERTED):
-            say(f"converting {student or teacher}")
-            run.publish(0, CONVERTED, lambda folder: _first_student(recipe, teacher, student, tokenizer, folder))
-    driver = Driver(run, recipe, teacher, samples, place)
+    paths = RunPaths(output, identity)
+    world.same("recipe, teacher or data", paths.run_id)
+
+    vocabulary = smallest_vocabulary(recipe, teacher_config)
+    claimed: list[RunFolder] = []
+
+    def prepare() -> str:
+        run = RunFolder(output, identity, accept_changes=accept_changes)
+        with run.preparing():
+            write_text(run.path / "recipe.toml", to_toml(recipe))
+            _samples(run, recipe, tokenizer or teacher, sources, vocabulary)
+            if start is not None:
+                branch(start, run)
+            if not run.finished(0, CONVERTED):
+                say(f"converting {student or teacher}")
+                run.publish(0, CONVERTED, lambda folder: _first_student(recipe, teacher, student, tokenizer, folder))
+        claimed.append(run)
+        return run.run_id
+
+    paths.run_id = world.first(prepare)
+    run = claimed[0] if claimed else paths
+    samples = _samples(run, recipe, tokenizer or teacher, sources, vocabulary)
+    driver = Driver(run, recipe, teacher, samples, world)
     names = [CONVERTED, *recipe.stages]
     for index, name in enumerate(recipe.stages, start=1):
-        if not run.finished(index, name):
+        if not world.share(run.finished(index, name)):
             driver.run_stage(index, name, predecessor=names[index - 1])
-    run.deliver(len(recipe.stages), names[-1])
+    world.first(lambda: claimed[0].deliver(len(recipe.stages), names[-1]))
     folders = {name: run.stage(index, name) / "student" for index, name in enumerate(names)}
     return RunResult(run.path, run.student, folders)
 
@@ -141,7 +139,7 @@ def _first_student(
 
 
 def _samples(
-    run: RunFolder, recipe: Recipe, tokenizer_source: str | Path, sources: list[SourceTable], vocab_size: int
+    run: RunPaths, recipe: Recipe, tokenizer_source: str | Path, sources: list[SourceTable], vocab_size: int
 ) -> RunSamples:
     """Open the run's samples, making files of tokens at the first call."""
     data = recipe.data

@@ -26,6 +26,7 @@ __all__ = [
     "STAGES",
     "AnyStage",
     "DataTable",
+    "EngineTable",
     "EvaluationTable",
     "Guidance",
     "HiddenStage",
@@ -109,6 +110,31 @@ class EvaluationTable(Table):
     batch_size: Count = 8
 
 
+class EngineTable(Table):
+    """``[engine]``: how a run is driven; nothing that its result depends on, so a resumed run may have another.
+
+    Attributes:
+        parallel: Whether each of several processes holds a copy of the models (``ddp``) or a part (``fsdp``); ``auto``
+            takes copies where they fit.
+        shard_size: Processes that share one copy; left out, all.
+        async_save: Whether training goes on while a checkpoint is written; left out, on a GPU.
+        keep_last: How many of the last checkpoints are kept.
+        compile_teacher: Whether the teacher is compiled.
+        offload_teacher: Whether the teacher lies in the host's memory while it is not needed.
+        max_nonfinite: After so many updates in a row that are not finite the run stops.
+        log_every: Updates whose figures are fetched from a GPU together.
+    """
+
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    shard_size: Count | None = None
+    async_save: bool | None = None
+    keep_last: Count = 2
+    compile_teacher: bool = False
+    offload_teacher: bool = False
+    max_nonfinite: Count = 10
+    log_every: Count = 10
+
+
 class Recipe(Table):
     """A whole recipe.
 
@@ -122,6 +148,7 @@ class Recipe(Table):
         student: See `StudentTable`.
         data: See `DataTable`.
         evaluation: See `EvaluationTable`.
+        engine: See `EngineTable`.
         stages: The stages by name, in the order in which they run.
     """
 
@@ -133,6 +160,7 @@ class Recipe(Table):
     student: StudentTable = StudentTable()
     data: DataTable = DataTable()
     evaluation: EvaluationTable = EvaluationTable()
+    engine: EngineTable = EngineTable()
     stages: Annotated[
         dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], AnyStage], Field(min_length=1)
     ]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from limbeck.errors import LimbeckError
-from limbeck.recipes.values import Amount, Count, LearningRate, Momentum, Names, Rate, Table, as_tuple, whole
+from limbeck.recipes.values import Amount, Count, Interval, LearningRate, Momentum, Names, Rate, Table, as_tuple, whole
 from limbeck.training.schedule import Schedule, make_schedule
 
 Guidance = Literal["none", "target", "trajectory", "waypoint"]
@@ -52,7 +52,7 @@ class Stage(Table):
         warmup: Amount of updates over which the rate rises from 0; for ``cosine`` a part is one of ``decay``.
         decay: Amount of updates over which it falls: the last ones for ``wsd``, all of the cosine's for ``cosine``.
         min_lr: The rate never falls below this floor.
-        checkpoint_every: Amount of updates between two checkpoints; 0 writes one at the end only.
+        checkpoint_every: Amount of updates between two checkpoints, or ``"epoch"``; 0 writes one at the end only.
         keep_every: Amount of updates between two checkpoints that are kept for good; 0 keeps the last two alone.
         trainable: Narrows what learns to the mixers or the swapped blocks; left out, all that the objective reaches.
         freeze_steps: Amount of updates at the start in which the mixers learn alone.
@@ -74,7 +74,7 @@ class Stage(Table):
     warmup: Amount = 0.1
     decay: Amount | None = None
     min_lr: Rate = 0.0
-    checkpoint_every: Amount = 0.1
+    checkpoint_every: Interval = 0.1
     keep_every: Amount = 0
     trainable: Literal["mixers", "blocks", "all"] | None = None
     freeze_steps: Amount = 0
@@ -127,9 +127,9 @@ class Stage(Table):
         )
 
     @property
-    def checkpoint_steps(self) -> int:
-        """Updates between two checkpoints; 0 for none but the last."""
-        return self.interval_of(self.checkpoint_every)
+    def checkpoint_steps(self) -> int | Literal["epoch"]:
+        """Updates between two checkpoints; 0 for none but the last. How many an epoch has, the data say."""
+        return "epoch" if self.checkpoint_every == "epoch" else self.interval_of(self.checkpoint_every)
 
     @property
     def guided_steps(self) -> int:
@@ -148,6 +148,12 @@ class Stage(Table):
     def interval_of(self, amount: float) -> int:
         """Turn the amount between two recurring things into updates: 0 is never, anything above at least 1."""
         return max(1, self.steps_of(amount)) if amount else 0
+
+    def checkpoint_interval(self, samples: int, sequence_length: int) -> int:
+        """Updates between two checkpoints, where an epoch has so many samples; 0 for none but the last."""
+        if self.checkpoint_steps == "epoch":
+            return max(1, samples // self.samples_per_step(sequence_length))
+        return self.checkpoint_steps
 
     def samples_per_step(self, sequence_length: int) -> int:
         """Samples of one update."""

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
 
 from limbeck.distill import Guide, TargetGuide, TrajectoryGuide, WaypointGuide, check_vocabularies
 from limbeck.errors import LimbeckError
 from limbeck.recipes.given import checkpoint_identity
 from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe
-from limbeck.students import load_config, load_model
-from limbeck.training import Companion, make_adamw, make_schedule, parameter_groups
+from limbeck.students import backbone, blocks, load_config, load_model
+from limbeck.training import Companion, make_adamw, make_schedule, parameter_groups, shard
 
 
 class Teachers:
@@ -22,10 +23,11 @@ class Teachers:
         source: The recipe's teacher: folder or hub id.
         autocast: What the computation is in; a frozen teacher is loaded as that.
         device: Where to put them.
+        mesh: The processes that share them; None where each holds its own.
     """
 
-    def __init__(self, source: str, autocast: torch.dtype | None, device: torch.device):
-        self.source, self.dtype, self.device = source, autocast or torch.float32, device
+    def __init__(self, source: str, autocast: torch.dtype | None, device: torch.device, mesh: DeviceMesh | None = None):
+        self.source, self.dtype, self.device, self.mesh = source, autocast or torch.float32, device, mesh
         self._kept: tuple[str, PreTrainedModel] | None = None
 
     def of(self, stage: AnyStage) -> PreTrainedModel:
@@ -33,26 +35,40 @@ class Teachers:
         source = stage.teacher or self.source
         if self._kept is None or self._kept[0] != source:
             self._kept = None  # before the next one is loaded
-            self._kept = (source, load_model(source, dtype=self.dtype, device=self.device))
+            self._kept = (source, self._load(source))
         return self._kept[1]
+
+    def _load(self, source: str) -> PreTrainedModel:
+        """A frozen teacher; only its backbone and its head are called as such, so they are what is gathered last."""
+        if self.mesh is None:
+            return load_model(source, dtype=self.dtype, device=self.device)
+        teacher = load_model(source, dtype=self.dtype)
+        outer = [backbone(teacher), teacher.get_output_embeddings()]
+        shard(teacher, [*blocks(teacher), *outer], self.mesh, stay_gathered=outer)
+        return teacher
+
+    def _load_to_learn(self, source: str) -> PreTrainedModel:
+        """A teacher that learns beside the student, in float32."""
+        if self.mesh is None:
+            return load_model(source, dtype=torch.float32, device=self.device)
+        teacher = load_model(source, dtype=torch.float32)
+        shard(teacher, [*blocks(teacher), teacher], self.mesh)
+        return teacher
 
     def guide(self, stage: LayerwiseStage) -> tuple[Guide, Companion | None]:
         """Who a layerwise stage follows, and what learns beside the student."""
         self._kept = None  # a guide alone holds its teacher, so that it can let it go
         source, until = stage.teacher or self.source, stage.guided_steps
 
-        def load(source: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-            return load_model(source, dtype=dtype or self.dtype, device=self.device)
-
         match stage.guidance:
             case "none":
                 return Guide(), None
             case "target":
-                return TargetGuide(lambda: load(source), until), None
+                return TargetGuide(lambda: self._load(source), until), None
             case "waypoint":
-                return WaypointGuide([lambda path=path: load(path) for path in waypoints(stage)], until), None
+                return WaypointGuide([lambda path=path: self._load(path) for path in waypoints(stage)], until), None
             case "trajectory":
-                teacher = load(source, torch.float32)
+                teacher = self._load_to_learn(source)
                 companion = _companion(teacher, stage)
                 return TrajectoryGuide(teacher, until, stage.teacher_update_every), companion
 

@@ -1,6 +1,6 @@
 """The kinds of values that a recipe may hold, and the table they stand in."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
@@ -29,6 +29,11 @@ def amount(value: object) -> int | float:
     raise ValueError("a number of updates (an integer, such as 244) or a part of the stage (from 0.0 to 1.0)")
 
 
+def interval(value: object) -> int | float | Literal["epoch"]:
+    """Accept an amount, or an epoch."""
+    return "epoch" if value == "epoch" else amount(value)
+
+
 def distinct_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
     """Sort layer numbers and refuse one that is named twice."""
     if len(set(layers)) < len(layers):
@@ -38,6 +43,7 @@ def distinct_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 Count = Annotated[int, Field(gt=0), BeforeValidator(whole)]
 Amount = Annotated[int | float, PlainValidator(amount)]
+Interval = Annotated[int | float | Literal["epoch"], PlainValidator(interval)]
 Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 LearningRate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]

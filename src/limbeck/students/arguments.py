@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from limbeck.errors import LimbeckError
-from limbeck.students.cache import StudentCache, check_cache
+from limbeck.students.cache import FixedCache, StudentCache, check_cache
 from limbeck.students.families.family import CACHE
 
 PADDING = "limbeck_padding_mask"
@@ -71,7 +71,8 @@ def with_mixer_arguments(model: PreTrainedModel, arguments: dict[str, Any]) -> d
     elif arguments["use_cache"]:
         arguments[CACHE] = StudentCache(model.config)
     if (mask := arguments.get("attention_mask")) is not None:
-        arguments[PADDING] = token_columns(mask, inputs.shape[1]).to(inputs.device)
+        if not isinstance(arguments.get(CACHE), FixedCache):  # which takes no padding, and whose mask is as long as it
+            arguments[PADDING] = token_columns(mask, inputs.shape[1]).to(inputs.device)
         if len(model.config.swapped_layers) == model.config.num_hidden_layers:
             arguments["attention_mask"] = None  # nobody is left to read the (l, past + l) mask that it would become
     return arguments

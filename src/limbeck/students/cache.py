@@ -1,7 +1,9 @@
 """The cache of a student: a recurrent state where a mixer stands, keys and values where attention still does."""
 
+from itertools import chain
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -115,6 +117,121 @@ class StudentCache(DynamicCache):
         if any(isinstance(layer, RecurrentLayer) for layer in self.layers):
             raise uncroppable()
         super().crop(tokens_to_remove)
+
+
+class FixedRecurrentLayer(RecurrentLayer):
+    """A mixer's state at a fixed address: every token is written over it.
+
+    Args:
+        filled: The layer after a prompt; its tensors are taken over.
+        position: See `FixedCache`.
+        room: See `FixedCache`.
+    """
+
+    def __init__(self, filled: RecurrentLayer, position: Tensor, room: int):
+        super().__init__()
+        assert filled.state is not None
+        self.state = filled.state._make(tensor.contiguous() for tensor in filled.state)
+        self.position, self.room = position, room
+
+    def advance(self, state: MixerState, tokens: int) -> NoReturn:
+        """States are written over, not handed in."""
+        raise AssertionError("a fixed layer's state is written in place")
+
+    def get_seq_length(self) -> Any:
+        """How many tokens went in, as a tensor, which a graph can follow."""
+        return self.position
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the attention mask, the same at every token."""
+        return self.room, 0
+
+
+class FixedAttentionLayer(CacheLayerMixin):
+    """Keys and values with room for all tokens to come, at fixed addresses; windows are left to the mask.
+
+    Args:
+        filled: The layer after a prompt.
+        position: See `FixedCache`.
+        room: See `FixedCache`.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, filled: DynamicLayer, position: Tensor, room: int):
+        super().__init__()
+        given: Any = (filled.keys, filled.values)
+        self.keys, self.values = (self._spread(tensor, position, room) for tensor in given)
+        self.position, self.room = position, room
+        self.is_initialized = True
+
+    @staticmethod
+    def _spread(tensor: Tensor, position: Tensor, room: int) -> Tensor:
+        """(b, h, kept, p) to (b, h, room, p), each token in its place: a sliding window kept the last ones only."""
+        spread = tensor.new_zeros(*tensor.shape[:2], room, tensor.shape[3])
+        end = int(position)
+        spread[:, :, end - tensor.shape[2] : end] = tensor
+        return spread
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Put one token, (b, h, 1, p), in its place, and return all."""
+        assert self.keys is not None
+        assert self.values is not None
+        place = self.position.reshape(1)
+        return self.keys.index_copy_(2, place, key_states), self.values.index_copy_(2, place, value_states)
+
+    def get_seq_length(self) -> Any:
+        """How many tokens went in, as a tensor, which a graph can follow."""
+        return self.position
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the attention mask, the same at every token."""
+        return self.room, 0
+
+    def get_max_length(self) -> int:
+        """All the room there is."""
+        return self.room
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> NoReturn:
+        """It is made full."""
+        raise AssertionError("a fixed layer is made from a filled one")
+
+
+class FixedCache(StudentCache):
+    """A cache after its prompt, with every tensor at a fixed address, so that one token's work can be a CUDA graph.
+
+    It takes one token a call, and none of them padding. The caller counts `position` up after each.
+
+    Args:
+        config: The student's or teacher's configuration.
+        filled: The cache after the prompt; it is used up.
+        tokens: The length of the prompt, padding included.
+        room: How many tokens there may be at most, those of the prompt included.
+
+    Attributes:
+        position: () int64, how many tokens went in.
+        attends: Whether there is attention, which needs a mask over all the room.
+    """
+
+    def __init__(self, config: PretrainedConfig, filled: Cache, tokens: int, room: int):
+        super().__init__(config)
+        layers: list[Any] = filled.layers
+        recurrent = [isinstance(layer, RecurrentLayer) for layer in layers]
+        first = layers[0].state.conv if recurrent[0] else layers[0].keys
+        self.position = torch.tensor(tokens, device=first.device)
+        self.attends = not all(recurrent)
+        for index, of_mixer in enumerate(recurrent):  # one by one: the old keys and values go as the new ones come
+            kind = FixedRecurrentLayer if of_mixer else FixedAttentionLayer
+            self.layers[index] = kind(layers[index], self.position, room if self.attends else 1)
+            layers[index] = None
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a token's work reads or changes, `position` first."""
+        layers: list[Any] = self.layers
+        pairs = ((x.state or ()) if isinstance(x, RecurrentLayer) else (x.keys, x.values) for x in layers)
+        return [self.position, *chain.from_iterable(pairs)]
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -22,7 +22,7 @@ from limbeck.errors import LimbeckError
 from limbeck.mixers import Mixer, get_mixer
 from limbeck.students.activations import fuse_activations
 from limbeck.students.arguments import PADDING, carry, with_mixer_arguments
-from limbeck.students.cache import RecurrentLayer, StudentCache, check_cache
+from limbeck.students.cache import FixedRecurrentLayer, RecurrentLayer, StudentCache, check_cache
 from limbeck.students.families import FAMILIES, STUDENT_PREFIX, Family, family_of
 from limbeck.students.families.family import CACHE
 from limbeck.students.initialise import reset_mixer
@@ -64,6 +64,9 @@ class SwappedAttention(nn.Module):
             return self.mixer(hidden_states, mask, seq_idx=seq_idx), None
         layer = cache.layers[self.layer_idx]
         assert isinstance(layer, RecurrentLayer)
+        if isinstance(layer, FixedRecurrentLayer):
+            assert layer.state is not None
+            return self.mixer.step_in_place(hidden_states[:, 0], layer.state)[:, None], None
         output, state = self.mixer(hidden_states, mask, state=layer.state, return_state=True)
         layer.advance(state, hidden_states.shape[1])
         return output, None

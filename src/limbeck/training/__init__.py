@@ -1,11 +1,14 @@
 """Training: one stage's loop, its optimiser, schedule, checkpoints and metrics. Plain arguments, never a recipe."""
 
-from limbeck.training.checkpoint import Checkpoints, TrainingState, read_state
+from limbeck.training.checkpoint import Checkpoints
+from limbeck.training.distributed import World
 from limbeck.training.loop import StageResult, TrainingInterrupted, train_stage
 from limbeck.training.optim import GroupSummary, learning_summary, learning_table, make_adamw, parameter_groups
+from limbeck.training.parallel import is_sharded, settle, shard, whole_weights
 from limbeck.training.schedule import Schedule, make_schedule
+from limbeck.training.store import TrainingState, read_state
 from limbeck.training.tracking import TIME_FIELDS, MetricsLog, read_metrics
-from limbeck.training.update import Companion
+from limbeck.training.update import Companion, OutOfMemory
 from limbeck.training.weights import load_learned
 
 __all__ = [
@@ -14,10 +17,13 @@ __all__ = [
     "Companion",
     "GroupSummary",
     "MetricsLog",
+    "OutOfMemory",
     "Schedule",
     "StageResult",
     "TrainingInterrupted",
     "TrainingState",
+    "World",
+    "is_sharded",
     "learning_summary",
     "learning_table",
     "load_learned",
@@ -26,5 +32,8 @@ __all__ = [
     "parameter_groups",
     "read_metrics",
     "read_state",
+    "settle",
+    "shard",
     "train_stage",
+    "whole_weights",
 ]

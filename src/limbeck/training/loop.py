@@ -14,13 +14,15 @@
 
 Each turn does the things of "once in a while" that are due (evaluate, save, stop), then one update. A run killed at any
 moment and started again with the same arguments ends, on a CPU, with the same bits. A finished stage is not to be run
-again once later stages have written metrics: their lines would be cut off.
+again once later stages have written metrics: their lines would be cut off. Of several processes each calls it with its
+own micro-batches; whatever one of them decides by itself (a signal, a lack of memory) they agree on once an update.
 """
 
 import contextlib
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,11 +33,15 @@ from torch import nn
 
 from limbeck.errors import LimbeckError
 from limbeck.progress import PlainProgress, make_progress, say
-from limbeck.training.checkpoint import Checkpoints, TrainingState
+from limbeck.training.checkpoint import Checkpoints
+from limbeck.training.distributed import World, process_seed
+from limbeck.training.parallel import Replicas, settle
+from limbeck.training.store import TrainingState
 from limbeck.training.tracking import MetricsLog, Recorder
-from limbeck.training.update import Batch, Companion, accumulate, apply, rescale, wake
+from limbeck.training.update import Batch, Companion, accumulate, agree, apply, rescale, wake
 
 FLUSH_SECONDS = 5.0
+SAME_SIGNAL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def train_stage(
     schedule: Callable[[int], float],
     total_steps: int,
     tokens_per_step: int,
-    metrics: MetricsLog,
+    metrics: MetricsLog | None,
     checkpoints: Checkpoints,
     checkpoint_every: int | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
@@ -89,6 +95,7 @@ def train_stage(
     progress: PlainProgress | None = None,
     enter: Callable[[int], None] | None = None,
     companion: Companion | None = None,
+    world: World | None = None,
 ) -> StageResult:
     """Train `step_module` for `total_steps` updates, resuming from the newest checkpoint if there is one.
 
@@ -103,7 +110,7 @@ def train_stage(
         schedule: Update index from 0 → learning rate, such as a `Schedule`; a group's is this times its ``lr_scale``.
         total_steps: Updates in all.
         tokens_per_step: Tokens of one update, for counting.
-        metrics: The run's log; lines behind the checkpoint resumed from are cut off.
+        metrics: The run's log; lines behind the checkpoint resumed from are cut off. None on all processes but rank 0.
         checkpoints: Where the state is kept. One is written at the end in any case.
         checkpoint_every: Updates between two checkpoints; None: only at the end and on a signal.
         evaluate: Gives figures of the present weights on held-out data, with ``"loss"``, lower is better; the weights
@@ -120,13 +127,17 @@ def train_stage(
         enter: Called with the updates done whenever that number is new, before weights are loaded, evaluated, saved
             or updated; what it makes of the step module must depend on that number alone.
         companion: What learns beside the step module, until its time is over.
+        world: The processes that train together; by default this one alone. A `step_module` that is not sharded is
+            wrapped in DDP where there are several.
 
     Raises:
         LimbeckError: A loss, term or gradient norm that is not finite (named, with stage and step); a checkpoint that
             does not fit; another autocast dtype.
         TrainingInterrupted: After SIGINT or SIGTERM, with the state saved. A second signal acts at once.
+        OutOfMemory: An update did not fit in memory. What was built for the stage is of no more use; built anew with
+            smaller micro-batches, it goes on from the last checkpoint.
     """
-    device = torch.device(device)
+    device, world = torch.device(device), world or World.alone(device)
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise LimbeckError(f"autocast to {autocast}", expected="torch.bfloat16, torch.float16 or None", hint="bfloat16")
     scaler = torch.amp.GradScaler(device.type) if autocast == torch.float16 else None
@@ -135,16 +146,20 @@ def train_stage(
         wake(optimizer, step)
         if companion:
             companion.enter(step)
+            if companion.module:
+                settle(companion.module)  # an update without it has left it gathered
         if enter:
             enter(step)
 
+    replicas = Replicas(step_module, world)
     kept = (step_module, optimizer, companion, scaler)
-    state, resumed = _start(kept, prepare, stage, checkpoints, metrics, seed)
+    state, resumed = _start(kept, prepare, stage, checkpoints, metrics, seed, world)
     progress = progress or make_progress(stage, total_steps)
-    recorder = Recorder(stage, metrics, tokens_per_step, progress)
+    recorder = Recorder(stage, metrics, tokens_per_step, progress, world)
 
-    with progress, _stop_signals() as stop:
+    with progress, checkpoints, _stop_signals(world) as stop:
         progress.begin(state.step)
+        stopping = agree(world, stop)
         while True:
             last = state.step >= total_steps
             fresh = state.step != resumed  # else this step was evaluated and saved before the interruption
@@ -154,37 +169,49 @@ def train_stage(
             # once in a while: evaluate the weights on held-out data
             if evaluate and eval_every and fresh and (state.step % eval_every == 0 or last):
                 recorder.flush()
-                state = _evaluation(step_module, evaluate, state, recorder, checkpoints, device)
+                state = _evaluation(step_module, evaluate, state, recorder, checkpoints, world)
+                stopping = agree(world, stop)
 
             # once in a while: save, at the end and on a signal too
             due = state.step > 0 and (
                 (checkpoint_every and state.step % checkpoint_every == 0) or checkpoints.keep_for_good(state.step)
             )
-            if fresh and (due or last or stop):
+            if fresh and (due or last or stopping):
                 recorder.flush()
-                state = replace(state, metrics_bytes=metrics.sync())
+                state = replace(state, metrics_bytes=world.share(metrics.sync() if metrics else 0))
+                if companion and companion.module:
+                    settle(companion.module)
                 checkpoints.save(state, *kept)
                 recorder.restart_clock()
-            if stop:
+            if stopping:
+                checkpoints.commit()
                 progress.note(f"{stage}: stopped and saved at step {state.step}; run it again to go on")
-                raise TrainingInterrupted(stop[0], state.step)
+                raise TrainingInterrupted(stopping, state.step)
             if last:
                 break
 
             # one update
+            replicas.prepare()
             lr = schedule(state.step)
-            figures = accumulate(step_module, batches(state.step), device, autocast, scaler)
-            if state.step == (resumed or 0):
-                _tell_unreached(step_module, progress)
-            figures["grad_norm"] = apply(optimizer, lr, clip, scaler)
-            if companion:
-                figures |= companion.update(state.step, scaler)
+            figures, lacking = {}, False
+            try:
+                figures = accumulate(replicas, batches(state.step), device, autocast, scaler)
+                if state.step == (resumed or 0):
+                    _tell_unreached(step_module, progress)
+                figures["grad_norm"], figures["skipped"] = apply(optimizer, lr, clip, scaler)
+                if companion:
+                    figures |= companion.update(state.step, scaler, world)
+            except torch.OutOfMemoryError:
+                lacking = True
+            stopping = agree(world, stop, lacking, state.step)
+            checkpoints.commit_if_written()
             if scaler:
                 figures |= rescale(scaler, stage, state.step)
 
             state = replace(state, step=state.step + 1, tokens=state.tokens + tokens_per_step)
             recorder.record(state.step, state.tokens, lr, figures)
-            if device.type == "cpu" or state.step % log_every == 0 or recorder.waited() > FLUSH_SECONDS:
+            late = world.size == 1 and recorder.waited() > FLUSH_SECONDS  # clocks of several processes differ
+            if device.type == "cpu" or state.step % log_every == 0 or late:
                 recorder.flush()
     best_path = checkpoints.best_path(state)
     return StageResult(state.step, state.tokens, resumed, state.best_step, state.best_loss, best_path)
@@ -195,18 +222,20 @@ def _start(
     prepare: Callable[[int], None],
     stage: str,
     checkpoints: Checkpoints,
-    metrics: MetricsLog,
+    metrics: MetricsLog | None,
     seed: int,
+    world: World,
 ) -> tuple[TrainingState, int | None]:
     """Restore the newest checkpoint, or start afresh; either way cut the metrics back to that point."""
-    torch.manual_seed(seed)
+    torch.manual_seed(process_seed(seed, world.rank))
     kept[1].zero_grad(set_to_none=True)
     state = checkpoints.restore(*kept, prepare=prepare)
     if state is None:
-        metrics.cut(metrics.start_of(stage))
+        if metrics:
+            metrics.cut(metrics.start_of(stage))
         return TrainingState(), None
     say(f"{stage}: resuming at step {state.step}")
-    if not metrics.cut(state.metrics_bytes):
+    if metrics and not metrics.cut(state.metrics_bytes):
         say(f"{metrics.path} is shorter than at step {state.step}: lines were lost; going on behind them")
     return state, state.step
 
@@ -225,12 +254,13 @@ def _evaluation(
     state: TrainingState,
     recorder: Recorder,
     checkpoints: Checkpoints,
-    device: torch.device,
+    world: World,
 ) -> TrainingState:
     """Evaluate, write the line, keep the weights if they are the best; training feels nothing of it."""
     modes = [(part, part.training) for part in module.modules()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        figures = dict(evaluate())
+    with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
+        figures = world.share(dict(evaluate()))
+    settle(module)
     for part, training in modes:
         part.training = training
     recorder.evaluation(state.step, state.tokens, figures)
@@ -242,19 +272,33 @@ def _evaluation(
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Yield a list that gets the number of the first SIGINT or SIGTERM; from then on signals act as they did before."""
+def _stop_signals(world: World) -> Iterator[list[int]]:
+    """Yield a list that gets the number of the first SIGINT or SIGTERM; from then on signals act as they did before.
+
+    Of several processes each gets the first one more than once: from the terminal or the scheduler, and from torchrun.
+    """
     received: list[int] = []
     before = {}
+    first_at = float("inf")
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal first_at
+        if received and time.monotonic() - first_at < SAME_SIGNAL_SECONDS:
+            return
+        if received:
+            restore()
+            os.kill(os.getpid(), number)
+            return
         received.append(number)
-        restore()
-        os.write(2, b"stopping after this update; once more stops at once\n")  # print is not safe inside a handler
+        first_at = time.monotonic()
+        if world.size == 1:
+            restore()
+        if world.main:
+            os.write(2, b"stopping after this update; once more stops at once\n")  # print is not safe in a handler
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

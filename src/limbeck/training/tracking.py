@@ -18,6 +18,7 @@ from torch import Tensor
 
 from limbeck.errors import LimbeckError
 from limbeck.progress import PlainProgress
+from limbeck.training.distributed import World
 
 TIME_FIELDS = ("time", "tokens_per_second")
 SHOWN_TERMS = 4  # of a line of progress; metrics.jsonl has them all
@@ -96,13 +97,22 @@ class Recorder:
 
     Args:
         stage: The stage's name.
-        metrics: Where lines go.
+        metrics: Where lines go; None on all processes but the one that writes.
         tokens_per_step: For tokens per second.
         progress: Where the newest figures are shown.
+        world: The processes whose figures are averaged, by default this one; they flush at the same steps.
     """
 
-    def __init__(self, stage: str, metrics: MetricsLog, tokens_per_step: int, progress: PlainProgress):
+    def __init__(
+        self,
+        stage: str,
+        metrics: MetricsLog | None,
+        tokens_per_step: int,
+        progress: PlainProgress,
+        world: World | None = None,
+    ):
         self.stage, self.metrics, self.tokens_per_step, self.progress = stage, metrics, tokens_per_step, progress
+        self.world = world or World.alone()
         self._waiting: list[tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]] = []
         self.restart_clock()
 
@@ -125,7 +135,8 @@ class Recorder:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
-        values = iter(torch.stack([value.double() for _, figures, _ in waiting for value in figures.values()]).tolist())
+        own = torch.stack([value.double() for _, figures, _ in waiting for value in figures.values()])
+        values = iter(self.world.mean(own).tolist())
         speed = self.tokens_per_step * len(waiting) / max(self.waited(), 1e-9)
         self.restart_clock()
         lines: list[dict[str, Any]] = []
@@ -135,7 +146,7 @@ class Recorder:
                 self._check(head["step"], numbers)
                 lines.append(head | numbers | tail | {"tokens_per_second": speed})
         finally:
-            self.metrics.write(lines)
+            self._write(lines)
         newest = lines[-1]
         shown = {name: newest[name] for name in list(waiting[-1][1])[:SHOWN_TERMS]}
         self.progress.update(newest["step"], shown | {"lr": newest["lr"], "tokens/s": speed})
@@ -144,9 +155,13 @@ class Recorder:
         """Write and show the figures of an evaluation."""
         line: dict[str, Any] = {"stage": self.stage, "step": step, "tokens": tokens}
         line |= {f"eval_{name}": value for name, value in figures.items()}
-        self.metrics.write([line | {"time": time.time()}])
+        self._write([line | {"time": time.time()}])
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.progress.note(f"{self.stage} {step}: held-out {shown}")
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(lines)
 
     def _check(self, step: int, numbers: dict[str, float]) -> None:
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]

@@ -4,12 +4,23 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from limbeck.errors import LimbeckError
+from limbeck.training.distributed import World
+from limbeck.training.parallel import Replicas
 
 Batch = Mapping[str, Tensor]
 WAITS = "limbeck_waits"
 LEAST_SCALE = 2.0**-20
+
+
+class OutOfMemory(Exception):  # noqa: N818
+    """An update did not fit in memory; the stage is to be built anew, with smaller micro-batches."""
+
+    def __init__(self, step: int):
+        self.step = step
+        super().__init__(f"out of memory in the update after {step}")
 
 
 class Companion:
@@ -48,7 +59,7 @@ class Companion:
         if step >= self.until:
             self.module = self.optimizer = None
 
-    def update(self, step: int, scaler: torch.amp.GradScaler | None) -> dict[str, Tensor]:
+    def update(self, step: int, scaler: torch.amp.GradScaler | None, world: World) -> dict[str, Tensor]:
         """Learn from the gradients of the update that follows `step` finished ones, if it is its turn.
 
         Returns:
@@ -56,8 +67,10 @@ class Companion:
         """
         if self.optimizer is None or (step + 1) % self.every:
             return {}
+        assert self.module is not None
+        world.average_gradients(self.module.parameters())
         lr = self.schedule((step + 1) // self.every - 1)
-        norm = apply(self.optimizer, lr, self.clip, scaler)
+        norm, _ = apply(self.optimizer, lr, self.clip, scaler)
         return {f"{self.name}_lr": torch.full_like(norm, lr, dtype=torch.float64), f"{self.name}_grad_norm": norm}
 
 
@@ -76,7 +89,7 @@ def learns(parameter: Tensor) -> bool:
 
 
 def accumulate(
-    module: nn.Module,
+    step_module: Replicas,
     micro_batches: Sequence[Batch],
     device: torch.device,
     autocast: torch.dtype | None,
@@ -84,54 +97,97 @@ def accumulate(
 ) -> dict[str, Tensor]:
     """Add up the gradient of the mean loss over micro-batches; return the means of the loss and its terms, detached.
 
+    The gradient is the mean over all processes, the returned means are those of this one.
+
     Every term with a graph is learned from: ``loss``, and that of a `Companion`, whose graph is another.
     """
     shapes = {tuple((key, tensor.shape) for key, tensor in sorted(batch.items())) for batch in micro_batches}
     assert len(shapes) == 1, f"micro-batches of one update must be of equal size, got {shapes}"
     share = 1.0 / len(micro_batches)
     means: dict[str, Tensor] = {}
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
         batch = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            terms = module(batch)
-        total = terms["loss"]
-        for name, term in terms.items():
-            if name != "loss" and term.requires_grad:
-                total = total + term
-        total = total * share
-        (total if scaler is None else scaler.scale(total)).backward()
+        with step_module.sync(last=number == len(micro_batches)):
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                terms = step_module.called(batch)
+            total = terms["loss"]
+            for name, term in terms.items():
+                if name != "loss" and term.requires_grad:
+                    total = total + term
+            total = total * share
+            (total if scaler is None else scaler.scale(total)).backward()
         for name, value in terms.items():
             part = value.detach() * share
             means[name] = means[name] + part if name in means else part
     return means
 
 
-def apply(
-    optimizer: torch.optim.Optimizer, lr: float, clip: float | None, scaler: torch.amp.GradScaler | None = None
-) -> Tensor:
-    """Clip the gradient, take the optimiser's step at rate `lr`, and forget the gradient.
+def agree(world: World, stop: Sequence[int], lacking: bool = False, step: int = 0) -> int:
+    """Agree, once an update and on the hosts alone, on what each process met by itself.
 
     Args:
-        optimizer: Its groups may hold ``lr_scale``.
+        world: The processes.
+        stop: The signals that asked this process to stop.
+        lacking: Whether it ran out of memory in this update.
+        step: Updates done.
+
+    Returns:
+        The signal to stop for, which one of them got; 0 for none.
+
+    Raises:
+        OutOfMemory: All processes ran out of memory, at the same place.
+        LimbeckError: One did and another did not: they wait in different exchanges, and cannot go on together.
+    """
+    exchanges = world.exchanges()
+    signal = stop[0] if stop else 0
+    stopping, some, not_all, *counts = world.agree(
+        [signal, int(lacking), -int(lacking), *exchanges, *(-count for count in exchanges)]
+    )
+    if not some:
+        return stopping
+    greatest, least = counts[: len(exchanges)], [-count for count in counts[len(exchanges) :]]
+    if not_all == 0 or greatest != least:
+        raise LimbeckError(
+            f"out of memory after {step} updates, in some processes and not in others",
+            expected="memory for a micro-batch on every device",
+            hint="a smaller micro_batch; the same command then goes on from the last checkpoint",
+        )
+    raise OutOfMemory(step)
+
+
+def apply(
+    optimizer: torch.optim.Optimizer, lr: float, clip: float | None, scaler: torch.amp.GradScaler | None = None
+) -> tuple[Tensor, Tensor]:
+    """Clip the gradient, take the optimiser's step at rate `lr`, and forget the gradient.
+
+    Where the gradient is not finite, nothing is learned: neither weights nor momenta nor decay move. The device decides
+    that by itself, so an accelerator is not waited for.
+
+    Args:
+        optimizer: AdamW in its fused form, which reads ``found_inf``. Its groups may hold ``lr_scale``.
         lr: Learning rate of a group whose ``lr_scale`` is 1.
         clip: Largest global norm of the gradient; None: not clipped.
         scaler: Of the loss. A gradient that overflowed is not learned from.
 
     Returns:
-        The norm of the gradient before clipping; 0 where it overflowed under a scaler.
+        The norm of the gradient before clipping, 0 where it overflowed under a scaler; and whether the update was left
+        out, 1.0 or 0.0.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     if scaler is not None:
         scaler.unscale_(optimizer)
     norm = _clip([parameter for group in optimizer.param_groups for parameter in group["params"]], clip)
+    skipped = (~norm.isfinite()).float()
     if scaler is None:
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
         optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
     else:
         scaler.step(optimizer)
         norm = torch.where(norm.isfinite(), norm, 0.0)
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, skipped
 
 
 def rescale(scaler: torch.amp.GradScaler, stage: str, step: int) -> dict[str, Tensor]:
@@ -154,6 +210,8 @@ def rescale(scaler: torch.amp.GradScaler, stage: str, step: int) -> dict[str, Te
 def _clip(parameters: Sequence[Tensor], clip: float | None) -> Tensor:
     """Scale the gradient down to norm `clip` if it is longer; return its norm before that. No host sync."""
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     return norm

@@ -1,84 +1,105 @@
-"""What of a model goes into a checkpoint, and how it comes back."""
+"""What of a model and its optimiser goes into a checkpoint, and how it comes back."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
+from limbeck.training.shards import SavedTensors, misfit
 from limbeck.training.update import learns
 
+MODEL, OPTIMIZER = "model/", "optimizer/"
 
-def learned_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint must hold, on the CPU: parameters that learn (tied ones once), persistent buffers."""
+
+def learned_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint must hold of the step module: what learns (tied ones once), and persistent buffers."""
     return tensors_of(module, learns)
 
 
-def tensors_of(
-    module: nn.Module, wanted: Callable[[torch.Tensor], bool] = lambda parameter: True
-) -> dict[str, torch.Tensor]:
-    """Return parameters (tied ones once; all, or those wanted) and persistent buffers, on the CPU."""
-    tensors = {name: parameter for name, parameter in module.named_parameters() if wanted(parameter)}
+def tensors_of(module: nn.Module, wanted: Callable[[Tensor], bool] = lambda parameter: True) -> dict[str, Tensor]:
+    """Return parameters (tied ones once; all, or those wanted) and persistent buffers, as they are: not copied."""
+    tensors: dict[str, Tensor] = {name: tensor for name, tensor in module.named_parameters() if wanted(tensor)}
     persistent = module.state_dict(keep_vars=True)
     tensors |= {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def load_learned(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Copy a checkpoint's weights into `module`, bit for bit; also what loads the best weights.
 
     Args:
-        module: The step module, with the same parameters learning as when it was written.
+        module: The step module, with the same parameters learning as when it was written; whole or sharded.
         path: A ``step-…`` or ``best-…`` folder.
 
     Raises:
         LimbeckError: A name, shape or dtype differs.
     """
-    load_tensors(Path(path), "weights.safetensors", module, learned_tensors(module))
+    load_tensors(SavedTensors(Path(path)), learned_tensors(module), MODEL)
 
 
-def load_tensors(path: Path, name: str, module: nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    """Copy the tensors of a checkpoint's file into `module`; they must be those expected."""
-    if not (path / name).is_file():
+def load_tensors(saved: SavedTensors, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Fill a model's tensors, in place; those saved under `prefix` must be the same."""
+    others = set(saved.names(prefix)) ^ tensors.keys()
+    if others:
+        raise misfit(saved.folder, [prefix + name for name in others])
+    saved.read({prefix + name: tensor for name, tensor in tensors.items()})
+
+
+def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """Return an optimiser's state, as ``PREFIX/parameter/exp_avg``; not copied."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return {
+        f"{prefix}{names[parameter]}/{kind}": value
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def group_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Return which parameters an optimiser learns, group by group."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def load_optimizer(
+    saved: SavedTensors, module: nn.Module, optimizer: torch.optim.Optimizer, prefix: str, groups: list[list[str]]
+) -> None:
+    """Load an optimiser's state; its rates and momenta's factors stay those it was made with.
+
+    Args:
+        saved: The checkpoint's tensors.
+        module: The model whose parameters it learns.
+        optimizer: The optimiser, over the same parameters in the same `groups` as when it was saved.
+        prefix: What its tensors' names begin with.
+        groups: The `group_names` it was saved with.
+
+    Raises:
+        LimbeckError: It learns other parameters, or a shape or dtype differs.
+    """
+    if groups != group_names(module, optimizer):
         raise LimbeckError(
-            f"the checkpoint {path} has no {name}",
-            expected="a checkpoint of a run in which the same models learned",
-            hint="start without it, or from a checkpoint that has one",
-        )
-    saved = load_file(path / name)
-    own = dict(module.named_parameters()) | dict(module.named_buffers())
-    wrong = sorted(saved.keys() ^ expected.keys())
-    wrong += [
-        name
-        for name in sorted(saved.keys() & expected.keys())
-        if (saved[name].shape, saved[name].dtype) != (expected[name].shape, expected[name].dtype)
-    ]
-    if wrong:
-        raise LimbeckError(
-            f"the checkpoint {path} does not fit the model: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}",
-            expected="the same names, shapes and dtypes",
-            hint="the model or what learns was changed since: start a new output folder",
-        )
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            own[name].copy_(tensor)
-
-
-def load_optimizer(file: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Load an optimiser's state; refuse one over other parameters, which torch itself matches by position alone."""
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-
-    def names(groups: list[dict[str, Any]]) -> list[Any]:
-        return [group.get("param_names", len(group["params"])) for group in groups]
-
-    if names(saved["param_groups"]) != names(optimizer.param_groups):
-        raise LimbeckError(
-            f"the optimiser of the checkpoint {file.parent} learns other parameters",
+            f"the optimiser of the checkpoint {saved.folder} learns other parameters",
             expected="the same parameters in the same groups",
             hint="the optimiser's groups were changed since: start a new output folder",
         )
-    optimizer.load_state_dict(saved)
+    parameters = dict(module.named_parameters())
+    state: dict[str, dict[str, Tensor]] = {}
+    for entry in saved.names(prefix):
+        name, _, kind = entry.rpartition("/")
+        state.setdefault(name, {})[kind] = _room_for(saved, prefix + entry, parameters[name])
+    saved.read({f"{prefix}{name}/{kind}": value for name, kinds in state.items() for kind, value in kinds.items()})
+    order = [name for group in groups for name in group]
+    numbered = {number: state[name] for number, name in enumerate(order) if name in state}
+    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _room_for(saved: SavedTensors, key: str, parameter: Tensor) -> Tensor:
+    """An empty tensor like a parameter, sharded as it is, for a momentum; a whole one for a count of steps."""
+    shape, dtype = saved.specs[key]
+    if shape == tuple(parameter.shape):
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype)

@@ -1,0 +1,57 @@
+"""Whether each of several processes holds a copy of the models, or a part of them."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoModelForCausalLM
+
+from limbeck.errors import LimbeckError
+from limbeck.progress import say
+from limbeck.recipes.schema import LayerwiseStage, Recipe
+from limbeck.students import load_config
+from limbeck.training import World
+
+BYTES_LEARNED = 16
+"""Of a parameter that learns: itself, its gradient and two momenta, in float32."""
+
+COPY_SHARE = 0.6
+"""Of a GPU's memory that copies of everything may fill; the rest is for activations and logits."""
+
+
+def mesh_of(
+    recipe: Recipe, teacher: str, student: Path, autocast: torch.dtype | None, world: World
+) -> DeviceMesh | None:
+    """The processes as FSDP sees them; None where each holds a copy of everything, or there is but one.
+
+    Left to choose, it takes copies where parameters, gradients, momenta and teacher leave room for activations.
+    """
+    if world.size == 1 or recipe.engine.parallel == "ddp":
+        return None
+    if recipe.engine.parallel == "auto":
+        learning = parameters_of(student) * BYTES_LEARNED
+        each = BYTES_LEARNED if has_companion(recipe) else (autocast or torch.float32).itemsize
+        needed = learning + parameters_of(teacher) * each
+        room = torch.cuda.mem_get_info(world.device)[1] if world.device.type == "cuda" else math.inf
+        if not world.agree([needed > COPY_SHARE * room])[0]:
+            return None
+        say(f"model, optimiser and teacher take {needed / 2**30:.0f} GiB: they are sharded (engine.parallel)")
+    if autocast == torch.float16:
+        raise LimbeckError(
+            'precision = "float16" with sharded models',
+            expected="a scaled gradient that every process has whole",
+            hint='precision = "bfloat16", or engine.parallel = "ddp"',
+        )
+    return world.mesh(recipe.engine.shard_size)
+
+
+def has_companion(recipe: Recipe) -> bool:
+    """Whether a teacher learns in some stage."""
+    return any(isinstance(stage, LayerwiseStage) and stage.guidance == "trajectory" for stage in recipe.stages.values())
+
+
+def parameters_of(source: str | Path) -> int:
+    """How many parameters a checkpoint's model has, by its configuration."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(source)).num_parameters()

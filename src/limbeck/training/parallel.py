@@ -1,0 +1,126 @@
+"""How several processes hold one model: each a copy (DDP), or each a part (FSDP2).
+
+In both the step module of a stage is what is called, so that every use of a parameter is seen. Weights stay in the
+precision they are learned in: what is computed in less is autocast's business, and decays reach the forward pass in
+float32.
+"""
+
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from limbeck.training.distributed import World
+
+# Nobody changes in place what a part of a model returns, be it a view or not.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+FORWARD_METHODS = ("matrix_factors", "mixing_matrix")
+"""Methods that a part may be called by instead of its forward."""
+
+
+def shard(
+    model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, *, stay_gathered: Collection[nn.Module] = ()
+) -> None:
+    """Spread a model's parameters over the processes of a mesh, in place; do it before its optimiser is made.
+
+    Args:
+        model: A student or a teacher, on any device; each part is brought to the mesh's when its turn comes.
+        units: Parts that are gathered as one while they compute, from the inside out. If `model` is the last of them,
+            it must be called before any part of it; if it is not, units must not lie within each other and may be
+            called by themselves. What is in no unit is spread in pieces of its own.
+        mesh: See `World.mesh`.
+        stay_gathered: Units whose parameters somebody still reads after their forward; those that are called by
+            a method are such, since it may return a parameter, as a mixer does its D.
+    """
+    for unit in units:
+        methods = [name for name in FORWARD_METHODS if hasattr(unit, name)]
+        stays = bool(methods) or unit is model or unit in stay_gathered
+        fully_shard(unit, mesh=mesh, reshard_after_forward=not stays)
+        for name in methods:
+            register_fsdp_forward_method(unit, name)
+    if model not in units:
+        tied = _tied(model)
+        for piece in _pieces(model, set(units)):
+            if tied.isdisjoint(map(id, piece.parameters())):
+                fully_shard(piece, mesh=mesh, reshard_after_forward=True)
+        model.to(mesh.device_type)  # what is tied stays whole
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module's parameters, or some of them, are spread over processes."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters()) or any(_sharded_parts(module))
+
+
+def settle(module: nn.Module) -> None:
+    """Give back what an evaluation has left gathered, so that a module's parameters are those that learn."""
+    for part in _sharded_parts(module):
+        part.reshard()
+
+
+def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Gather a sharded module's state on the host of rank 0; all processes take part, the others get nothing."""
+    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+class Replicas:
+    """The step module as the loop calls it: in DDP where every process has a copy, else as it is.
+
+    Args:
+        module: The step module.
+        world: The processes.
+    """
+
+    def __init__(self, module: nn.Module, world: World):
+        self.module, self.called = module, module
+        self._copies = world.size > 1 and not is_sharded(module)
+        self._learning: frozenset[str] | None = None
+
+    def prepare(self) -> None:
+        """Wrap the module anew when other parameters learn than before: DDP waits for a gradient of each."""
+        if not self._copies:
+            return
+        learning = frozenset(name for name, parameter in self.module.named_parameters() if parameter.requires_grad)
+        if learning != self._learning:
+            self.called = self.module  # the old wrapper goes, and its hooks, before the new one comes
+            self.called = DistributedDataParallel(self.module, gradient_as_bucket_view=True, init_sync=False)
+            self._learning = learning
+
+    def sync(self, last: bool) -> AbstractContextManager[None]:
+        """What an update's micro-batch runs in: copies exchange gradients in the last one only."""
+        if isinstance(self.called, DistributedDataParallel) and not last:
+            return self.called.no_sync()
+        return nullcontext()
+
+
+def _sharded_parts(module: nn.Module) -> Iterator[FSDPModule]:
+    return (part for part in module.modules() if isinstance(part, FSDPModule))
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Parameters, by their ids, that more than one module has."""
+    seen: set[int] = set()
+    tied: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            (tied if id(parameter) in seen else seen).add(id(parameter))
+    return tied
+
+
+def _pieces(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
+    """The greatest parts with parameters that are no unit and hold none."""
+    if module in units:
+        return
+    if units.isdisjoint(module.modules()):
+        if any(True for _ in module.parameters()) and not isinstance(module, nn.ModuleList):
+            yield module
+        return
+    for child in module.children():
+        yield from _pieces(child, units)

@@ -1,0 +1,211 @@
+"""What a recipe takes, as `limbeck plan` works it out without a GPU and without a network."""
+
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+
+from limbeck import LimbeckError, load_recipe
+from limbeck.distill import StageStep, make_objective
+from limbeck.plan import CARDS, MeasuredCard, estimate, plan_table
+from limbeck.plan.shapes import SHAPES, config_of, student_of_shape, teacher_of_shape
+from limbeck.recipes.schema import Recipe
+from limbeck.students import student_config
+
+PUBLISHED = {  # parameters, tied ones once
+    "microsoft/phi-1_5": 1_418_270_720,
+    "EleutherAI/pythia-160m": 162_322_944,
+    "EleutherAI/pythia-410m": 405_334_016,
+    "EleutherAI/pythia-1b": 1_011_781_632,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+}
+MEMORY = ["student", "teacher", "gradients", "optimizer", "gathered", "activations", "workspace", "total"]
+STAGE = [
+    *("parameters", "micro_batch", "accumulation", "memory", "fits", "flops_per_token", "flops", "launches"),
+    *("tokens_per_second", "hours", "cost"),
+]
+
+
+def small(name: str = "mohawk", *settings: str) -> Recipe:
+    sizes = [
+        f"stages.{stage}.{size}"
+        for stage in ("matrix", "hidden", "logits")
+        for size in ("tokens=8192", "tokens_per_step=1024", "micro_batch=4")
+    ]
+    return load_recipe(name, ["data.sequence_length=64", *sizes, *settings])
+
+
+@pytest.fixture
+def teacher(tmp_path) -> str:
+    config = GPTNeoXConfig(
+        vocab_size=320, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96
+    )
+    config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("source", PUBLISHED)
+def test_the_recipes_teachers_are_known_without_network(source, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert PUBLISHED.keys() == SHAPES.keys()
+    assert teacher_of_shape(config_of(source), torch.bfloat16).num_parameters() == PUBLISHED[source]
+
+
+def test_parameters_are_those_of_models_that_are_built(teacher):
+    recipe = small("mohawk", "student.keep_attention=[1]")
+    config = config_of(teacher)
+    made = student_config(config, recipe.student.mixer, [1], recipe.student.init)
+    student = AutoModelForCausalLM.from_config(made)
+    built = AutoModelForCausalLM.from_config(config)
+    for name, stage in estimate(recipe, teacher=teacher)["stages"].items():
+        step = StageStep(student.train(), make_objective(name), built)
+        assert stage["parameters"] == {
+            "student": sum(parameter.numel() for parameter in student.parameters()),
+            "learning": sum(parameter.numel() for parameter in step.parameters() if parameter.requires_grad),
+            "teacher": sum(parameter.numel() for parameter in built.parameters()),
+        }
+        learning = stage["parameters"]["learning"]
+        assert stage["memory"]["student"] == 4 * stage["parameters"]["student"]
+        assert stage["memory"]["teacher"] == 2 * stage["parameters"]["teacher"]
+        assert stage["memory"]["optimizer"] == 2 * 4 * learning
+
+
+def test_sums_add_up_and_json_is_stable(teacher):
+    found = estimate(small(), teacher=teacher, gpu="H200", price_per_hour=2.0)
+    assert list(json.loads(json.dumps(found))) == [
+        *("gpu", "gpus", "parallel", "stages", "flops", "hours", "cost", "unknown")
+    ]
+    assert (found["parallel"], found["unknown"]) == ("none", [])
+    for name, stage in found["stages"].items():
+        memory = stage["memory"]
+        assert (list(stage), list(memory)) == (STAGE, MEMORY)
+        assert memory["total"] == sum(memory[part] for part in MEMORY[:-1])
+        assert (stage["micro_batch"], stage["accumulation"], stage["fits"]) == (4, 4, True)
+        assert stage["flops"] == pytest.approx(stage["flops_per_token"] * 8192)
+        assert stage["hours"] == pytest.approx(8192 / stage["tokens_per_second"] / 3600)
+        assert stage["cost"] == pytest.approx(2.0 * stage["hours"]), name
+    for key in ("flops", "hours", "cost"):
+        assert found[key] == pytest.approx(sum(stage[key] for stage in found["stages"].values()))
+
+
+@pytest.mark.slow
+def test_sharing_divides_what_is_shared(teacher):
+    copies, shared = (estimate(small(), teacher=teacher, gpu="H200", gpus=4, parallel=way) for way in ("ddp", "fsdp"))
+    assert (copies["parallel"], shared["parallel"]) == ("ddp", "fsdp")
+    for name in copies["stages"]:
+        one, four = copies["stages"][name]["memory"], shared["stages"][name]["memory"]
+        for part in ("student", "teacher", "optimizer"):
+            assert four[part] == one[part] // 4
+        assert one["gathered"] == 0 < four["gathered"]
+        assert (one["activations"], one["workspace"]) == (four["activations"], four["workspace"])
+        assert copies["stages"][name]["accumulation"] == 1
+    half = estimate(small("mohawk", "engine.shard_size=2"), teacher=teacher, gpus=4, parallel="fsdp")
+    assert half["stages"]["logits"]["memory"]["student"] == copies["stages"]["logits"]["memory"]["student"] // 2
+
+
+def test_several_gpus_choose_as_a_run_does(teacher, monkeypatch):
+    assert estimate(small(), teacher=teacher, gpu="H200", gpus=2)["parallel"] == "ddp"
+    tight = CARDS["H200"]
+    tight = MeasuredCard(2_000_000, tight.matmul_rate, tight.copy_bandwidth, tight.kernels, tight.efficiency)
+    monkeypatch.setattr("limbeck.plan.resources.card_named", lambda _name: tight)
+    found = estimate(small(), teacher=teacher, gpu="H200", gpus=2)
+    assert found["parallel"] == "fsdp"
+    assert not any(stage["fits"] for stage in found["stages"].values())
+
+
+def test_activations_follow_the_objective(teacher):
+    def held(*settings: str) -> list[int]:
+        stages = estimate(small("mohawk", *settings), teacher=teacher)["stages"]
+        return [stage["memory"]["activations"] for stage in stages.values()]
+
+    once, twice = held(), held(*(f"stages.{stage}.micro_batch=8" for stage in ("matrix", "hidden", "logits")))
+    assert all(1.8 < more / less < 2.05 for less, more in zip(once, twice, strict=True))
+    assert once[0] < once[1]
+
+
+@pytest.mark.slow
+def test_a_teacher_that_learns_has_gradients_and_momenta(teacher):
+    def memory(mode: str, *settings: str) -> dict[str, int]:
+        sizes = ("tokens_per_step=1024", "micro_batch=4", "steps=40", "decay=40")
+        given = ["data.sequence_length=64", "student.mixer_kwargs.d_inner=128", "student.mixer_kwargs.dt_rank=4"]
+        recipe = load_recipe(f"cald-{mode}", [*given, *(f"stages.layerwise.{size}" for size in sizes), *settings])
+        return estimate(recipe, teacher=teacher)["stages"]["layerwise"]["memory"]
+
+    alone, target, trajectory = memory("unguided"), memory("target-guided"), memory("trajectory-guided")
+    count = teacher_of_shape(config_of(teacher), torch.float32).num_parameters()
+    assert (alone["teacher"], target["teacher"], trajectory["teacher"]) == (0, 2 * count, 4 * count)
+    assert trajectory["optimizer"] - target["optimizer"] == 8 * count
+    assert alone["activations"] < target["activations"] < trajectory["activations"]
+    waiting = memory("trajectory-guided", "stages.layerwise.teacher_update_every=4")
+    assert waiting["optimizer"] == trajectory["optimizer"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(
+            vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=96, tie_word_embeddings=True,
+        ),
+        GPTNeoXConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_arithmetic_of_a_student_without_teacher(config: PretrainedConfig, tmp_path):
+    """Six operations for each weight of a product and token, and little beside."""
+    config.save_pretrained(tmp_path)
+    recipe = load_recipe(
+        "logits-only",
+        [
+            *("data.sequence_length=64", "stages.logits.tokens_per_step=1024", "stages.logits.micro_batch=4"),
+            *("stages.logits.kl_weight=0.0", "stages.logits.ce_weight=1.0"),
+        ],
+    )
+    found = estimate(recipe, teacher=tmp_path)["stages"]["logits"]
+    student = student_of_shape(config_of(tmp_path), recipe)
+    products = sum(module.weight.numel() for module in student.modules() if isinstance(module, torch.nn.Linear))
+    assert found["memory"]["teacher"] == 0
+    assert 1.0 < found["flops_per_token"] / (6 * products) < 1.5
+
+
+def test_what_is_not_known_is_said(teacher, monkeypatch):
+    for found, words in (
+        (estimate(small()), "names no teacher"),
+        (estimate(small(), teacher="somebody/unheard-of"), "somebody/unheard-of"),
+    ):
+        assert (found["stages"], found["hours"]) == ({}, None)
+        assert words in found["unknown"][0]
+    found = estimate(small(), teacher=teacher)
+    assert found["hours"] is found["stages"]["logits"]["fits"] is None
+    assert found["stages"]["logits"]["memory"]["total"] > 0
+    assert "no card is named" in found["unknown"][0]
+    full = estimate(small("mohawk", "precision=float32"), teacher=teacher, gpu="H200")
+    assert full["hours"] is None
+    assert "float32" in full["unknown"][0]
+    monkeypatch.setattr("limbeck.plan.resources.has_triton", lambda: False)
+    found = estimate(small(), teacher=teacher, gpu="H200")
+    memory = found["stages"]["hidden"]["memory"]
+    assert memory["activations"] is memory["total"] is found["flops"] is found["hours"] is None
+    assert memory["optimizer"] == 2 * memory["gradients"] > 0
+    Console(quiet=True).print(plan_table(small(), found))
+
+
+def test_wrong_arguments_name_the_right_ones(teacher):
+    with pytest.raises(LimbeckError, match="A9000") as error:
+        estimate(small(), teacher=teacher, gpu="A9000")
+    assert all(name in error.value.expected for name in CARDS)
+    for options in ({"gpus": 0}, {"gpus": 3}, {"parallel": "pipeline"}):
+        with pytest.raises(LimbeckError):
+            estimate(small(), teacher=teacher, **options)
+
+
+def test_efficiency_between_and_beyond_the_measured_sizes():
+    card = MeasuredCard(1, 10.0, 2.0, {"slow": 0.5}, {"logits": ((1e14, 0.8), (1e12, 0.4))})
+    assert [card.efficiency_at("logits", flops) for flops in (1e10, 1e12, 1e14, 1e16)] == [0.4, 0.4, 0.8, 0.8]
+    assert math.isclose(card.efficiency_at("logits", 1e13), 0.6)
+    assert (card.seconds("a", 30.0, 4.0), card.seconds("a", 10.0, 4.0), card.seconds("slow", 10.0, 4.0)) == (3, 2, 4)
+    for measured in CARDS.values():
+        assert measured.efficiency.keys() == {"matrix", "hidden", "logits", "layerwise"}
