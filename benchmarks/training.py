@@ -5,7 +5,8 @@
     python benchmarks/training.py --profile "student"    # and where the time goes, results/training_profile.txt
 
 Weights are random and made on the device from configurations of Phi-1.5's and Pythia-1B's sizes. A step is what a run
-does: teacher, student, backward, clip, AdamW; float32 weights and bfloat16 autocast.
+does: teacher, student, backward, clip, AdamW; float32 weights, bfloat16 autocast, and tf32 where a product of float32
+is left, for all alike.
 """
 
 import gc
@@ -27,7 +28,8 @@ import limbeck
 from limbeck.distill import GuidedStep, StageStep, TargetGuide, make_objective, mixer_parameters
 from limbeck.students import blocks
 from limbeck.students.activations import fuse_activations
-from limbeck.training import make_adamw, parameter_groups
+from limbeck.training import World, make_adamw, parameter_groups
+from limbeck.training.parallel import Replicas
 from limbeck.training.update import accumulate, apply
 
 RESULTS = Path(__file__).with_name("results")
@@ -89,8 +91,11 @@ def ours(teacher: PreTrainedModel, batch: Batch, objective: str, compiled: bool 
     mixer_born = {f"student.{name}" for name in mixer_parameters(student)}
     optimizer = make_adamw(parameter_groups(step.named_parameters(), mixer_parameters=mixer_born, lr=1e-4))
 
+    module = Replicas(step, World.alone(DEVICE))
+    module.prepare()
+
     def update() -> None:
-        accumulate(step, [batch], DEVICE, torch.bfloat16)
+        accumulate(module, [batch], DEVICE, torch.bfloat16)
         apply(optimizer, 1e-4, 1.0)
 
     return update
@@ -165,6 +170,7 @@ def free() -> None:
 def main(names: list[str]) -> None:
     """Measure cases; what one cannot do is its result."""
     profiled = "--profile" in names
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     chosen = [name for name in names if not name.startswith("--")] or list(CASES)
     steps: dict[str, Any] = {}
     tables: list[str] = []

@@ -76,7 +76,7 @@ def test_the_uninterrupted_run_is_as_expected(uninterrupted):
                 "os.mkdir 1-matrix/.writing-student",
                 "open 1-matrix/.writing-student/stage.json",
                 "os.mkdir 2-hidden/checkpoints",  # between two stages: published, the next not begun
-                "shutil.rmtree 3-logits/checkpoints/step-00000002",  # while an old checkpoint is removed
+                "shutil.rmtree 3-logits/checkpoints/.old-step-00000002",  # while an old checkpoint is removed
                 "os.rename 3-logits/checkpoints/step-00000006",
                 "os.rename 3-logits/student",
                 "os.mkdir run/.writing-student",
