@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from limbeck import LimbeckError, convert
 from limbeck.distill import StageStep, make_objective, matrix
 from limbeck.mixers import mamba2
-from limbeck.training import World, settle, shard, whole_weights
+from limbeck.training import World, settle, shard, shard_step, whole_weights
 from limbeck.training.parallel import Replicas
 from limbeck.training.update import accumulate, apply
 from tiny import tiny_teacher
@@ -34,7 +34,7 @@ def gradients(step, world, batches, autocast=None, mesh=None):
     replicas = Replicas(step, world)
     replicas.prepare()
     if mesh is not None:
-        shard(step.student, step.objective.units(step.student), mesh)
+        shard_step(step, mesh)
     figures = accumulate(replicas, batches, torch.device("cpu"), autocast)
     found = {name: weight.grad for name, weight in step.named_parameters() if weight.grad is not None}
     found = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad.clone() for name, grad in found.items()}
@@ -108,7 +108,7 @@ def check_what_is_not_finite(world):
         student, teacher = models()
         step = StageStep(student, make_objective("logits"), teacher)
         if mesh is not None:
-            shard(student, step.objective.units(student), mesh)
+            shard_step(step, mesh)
         optimizer = torch.optim.AdamW(step.parameters(), lr=1e-2, fused=True)
         replicas = Replicas(step, world)
         replicas.prepare()

@@ -36,7 +36,7 @@ from limbeck.training import (
     load_learned,
     make_adamw,
     parameter_groups,
-    shard,
+    shard_step,
     train_stage,
     whole_weights,
 )
@@ -104,7 +104,7 @@ class Driver:
         student = load_model(start, dtype=torch.float32, device=None if self.mesh else self.device).train()
         step, companion = self._step(stage, student)
         if self.mesh is not None:
-            shard(student, step.objective.units(student), self.mesh)
+            shard_step(step, self.mesh)
         optimizer = optimizer_of(step, stage)
         learns = learning_summary(step, optimizer.param_groups)
         title = f"stage {name} ({stage.objective}): {stage.steps} updates of {stage.tokens_per_step:,} tokens"

@@ -4,7 +4,7 @@ from limbeck.training.checkpoint import Checkpoints
 from limbeck.training.distributed import World
 from limbeck.training.loop import StageResult, TrainingInterrupted, train_stage
 from limbeck.training.optim import GroupSummary, learning_summary, learning_table, make_adamw, parameter_groups
-from limbeck.training.parallel import is_sharded, settle, shard, whole_weights
+from limbeck.training.parallel import is_sharded, settle, shard, shard_step, whole_weights
 from limbeck.training.schedule import Schedule, make_schedule
 from limbeck.training.store import TrainingState, read_state
 from limbeck.training.tracking import TIME_FIELDS, MetricsLog, read_metrics
@@ -34,6 +34,7 @@ __all__ = [
     "read_state",
     "settle",
     "shard",
+    "shard_step",
     "train_stage",
     "whole_weights",
 ]

@@ -8,6 +8,7 @@ float32.
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from limbeck.distill import StageStep
 from limbeck.training.distributed import World
 
 # Nobody changes in place what a part of a model returns, be it a view or not.
@@ -51,6 +53,27 @@ def shard(
             if tied.isdisjoint(map(id, piece.parameters())):
                 fully_shard(piece, mesh=mesh, reshard_after_forward=True)
         model.to(mesh.device_type)  # what is tied stays whole
+
+
+def shard_step(step: StageStep, mesh: DeviceMesh) -> None:
+    """Spread what a stage trains, with the step module as the one root of all its parts, in place.
+
+    Parts with a common root gather on one stream: the next while this one computes. Parts that are roots of their own,
+    as mixers that a matrix stage calls by themselves, would each wait for all of its exchange.
+
+    Args:
+        step: The step module, on any device; its teacher is another's business.
+        mesh: See `World.mesh`.
+    """
+    units = step.objective.units(step.student)
+    shard(step.student, units, mesh)
+    inner = [unit for unit in units if unit is not step.student]
+    for unit, following in pairwise(inner):  # the host of a small model is not ahead of its GPU: say it what comes
+        unit.set_modules_to_forward_prefetch([following])  # type: ignore[operator]  # fully_shard made it an FSDPModule
+    whole = {parameter for parameter in step.parameters() if not isinstance(parameter, DTensor)}
+    fully_shard(step, mesh=mesh, ignored_params=whole)
+    # A held-out evaluation may call the student before the first update calls the root.
+    step._get_fsdp_state()._lazy_init()  # type: ignore[operator]
 
 
 def is_sharded(module: nn.Module) -> bool:
