@@ -1,15 +1,17 @@
 """Killed at any moment and started again, a run ends with the bits of an uninterrupted one."""
 
+import contextlib
 import multiprocessing
 import random
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
 import toy_stage
 
-from limbeck.training import TIME_FIELDS, read_metrics
+from limbeck.training import TIME_FIELDS, Checkpoints, read_metrics
 
 MOMENTS = [
     "batch matrix 0",  # nothing saved yet, one evaluation written
@@ -34,17 +36,17 @@ MOMENTS = [
 ]
 
 
-def start(directory, kill=""):
+def start(directory, kill="", asynchronous=False):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["limbeck.training", "torch._dynamo"])  # the optimiser imports it at its first use
     directory.mkdir(exist_ok=True)
-    process = context.Process(target=toy_stage.run, args=(directory, kill))
+    process = context.Process(target=toy_stage.run, args=(directory, kill, asynchronous))
     process.start()
     return process
 
 
-def run(directory, kill=""):
-    process = start(directory, kill)
+def run(directory, kill="", asynchronous=False):
+    process = start(directory, kill, asynchronous)
     process.join(120)
     return process.exitcode
 
@@ -99,17 +101,64 @@ def test_killed_again_and_again(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_times(uninterrupted, tmp_path):
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in step", "in the background"])
+def test_torture(asynchronous, uninterrupted, tmp_path):
+    """Fifty runs killed at random moments, some more than once; every one ends with the same bits, losing nothing."""
+    begun = time.monotonic()
+    assert run(tmp_path / "whole", asynchronous=asynchronous) == 0
+    duration = time.monotonic() - begun
+    assert outcome(tmp_path / "whole") == uninterrupted
     times = random.Random(3)
-    for number in range(12):
+    for number in range(50):
         directory = tmp_path / str(number)
-        for _ in range(3):
-            process = start(directory)
-            time.sleep(times.uniform(0.03, 0.4))
+        kills = times.choice((1, 1, 3))
+        while kills:
+            process = start(directory, asynchronous=asynchronous)
+            time.sleep(times.uniform(0.02, 1.0) * duration)
             process.kill()
             process.join()
-        assert run(directory) == 0
+            kills -= process.exitcode == -signal.SIGKILL
+            if process.exitcode == 0:  # it was faster
+                duration *= 0.9
+                shutil.rmtree(directory)
+            for stage in toy_stage.STAGES:  # whatever has its final name is whole
+                store = Checkpoints(directory / stage, stage=stage, fingerprint="toy")
+                assert not any(store.problem(path) for path in (directory / stage).glob("[sb]*-*"))
+        assert run(directory, asynchronous=asynchronous) == 0
         assert outcome(directory) == uninterrupted
+        assert not list(directory.glob("*/.*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB, where the machine lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("may not mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in step", "in the background"])
+def test_a_full_disk_costs_no_checkpoint(asynchronous, uninterrupted, small_disk):
+    assert run(small_disk, "batch matrix 5", asynchronous) == -signal.SIGKILL
+    before = sorted(path.name for path in (small_disk / "matrix").glob("step-*"))
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    assert run(small_disk, asynchronous=asynchronous) == 1
+    store = Checkpoints(small_disk / "matrix", stage="matrix", fingerprint="toy")
+    assert sorted(path.name for path in (small_disk / "matrix").glob("step-*")) == before
+    assert not any(store.problem(small_disk / "matrix" / name) for name in before)
+    filler.unlink()
+    assert run(small_disk, asynchronous=asynchronous) == 0
+    assert outcome(small_disk) == uninterrupted
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])

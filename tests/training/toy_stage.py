@@ -59,7 +59,7 @@ def held_out_loss(module: nn.Module) -> float:
     return loss + 0.3 * torch.rand(()).item()
 
 
-def run(directory: Path, kill: str = "") -> None:
+def run(directory: Path, kill: str = "", asynchronous: bool = False) -> None:
     """Run, or resume, both stages; `kill` names the moment to die at (see `arm`)."""
     torch.set_num_threads(1)
     batches = arm(kill)
@@ -77,7 +77,9 @@ def run(directory: Path, kill: str = "") -> None:
                     total_steps=total,
                     tokens_per_step=20,
                     metrics=metrics,
-                    checkpoints=Checkpoints(directory / stage, stage=stage, fingerprint="toy"),
+                    checkpoints=Checkpoints(
+                        directory / stage, stage=stage, fingerprint="toy", asynchronous=asynchronous
+                    ),
                     checkpoint_every=2,
                     evaluate=lambda: {"loss": held_out_loss(module), "perplexity": 3.0},
                     eval_every=3,
