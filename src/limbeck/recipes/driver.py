@@ -27,6 +27,7 @@ from limbeck.students import load_model
 from limbeck.training import (
     Checkpoints,
     Companion,
+    Limits,
     MetricsLog,
     OutOfMemory,
     StageResult,
@@ -137,6 +138,7 @@ class Driver:
                     companion=companion,
                     log_every=self.recipe.engine.log_every,
                     world=self.world,
+                    limits=limits_of(stage, self.recipe.engine),
                 )
             except OutOfMemory:
                 return False
@@ -248,6 +250,12 @@ def checkpoints_of(
         asynchronous=world.device.type == "cuda" if engine.async_save is None else engine.async_save,
         world=world,
     )
+
+
+def limits_of(stage: AnyStage, engine: EngineTable) -> Limits:
+    """What the stage's figures are held against."""
+    expect = stage.expect
+    return Limits(engine.max_nonfinite, expect.start if expect else None, expect.end if expect else None)
 
 
 def held_out_batches(dataset: Samples | None, recipe: Recipe) -> list[dict[str, Tensor]]:

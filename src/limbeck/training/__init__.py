@@ -2,6 +2,7 @@
 
 from limbeck.training.checkpoint import Checkpoints
 from limbeck.training.distributed import World
+from limbeck.training.guards import Limits
 from limbeck.training.loop import StageResult, TrainingInterrupted, train_stage
 from limbeck.training.optim import GroupSummary, learning_summary, learning_table, make_adamw, parameter_groups
 from limbeck.training.parallel import is_sharded, settle, shard, whole_weights
@@ -16,6 +17,7 @@ __all__ = [
     "Checkpoints",
     "Companion",
     "GroupSummary",
+    "Limits",
     "MetricsLog",
     "OutOfMemory",
     "Schedule",

@@ -19,6 +19,7 @@ from torch import Tensor
 from limbeck.errors import LimbeckError
 from limbeck.progress import PlainProgress
 from limbeck.training.distributed import World
+from limbeck.training.guards import Guard
 
 TIME_FIELDS = ("time", "tokens_per_second")
 SHOWN_TERMS = 4  # of a line of progress; metrics.jsonl has them all
@@ -93,7 +94,7 @@ class MetricsLog:
 
 
 class Recorder:
-    """Keeps the figures of the last updates on the device; `flush` fetches, checks, writes and shows them together.
+    """Keeps the figures of the last updates on the device; `flush` fetches, judges, writes and shows them together.
 
     Args:
         stage: The stage's name.
@@ -101,6 +102,7 @@ class Recorder:
         tokens_per_step: For tokens per second.
         progress: Where the newest figures are shown.
         world: The processes whose figures are averaged, by default this one; they flush at the same steps.
+        guard: Judges the figures of every update.
     """
 
     def __init__(
@@ -110,9 +112,10 @@ class Recorder:
         tokens_per_step: int,
         progress: PlainProgress,
         world: World | None = None,
+        guard: Guard | None = None,
     ):
         self.stage, self.metrics, self.tokens_per_step, self.progress = stage, metrics, tokens_per_step, progress
-        self.world = world or World.alone()
+        self.world, self.guard = world or World.alone(), guard
         self._waiting: list[tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]] = []
         self.restart_clock()
 
@@ -131,7 +134,7 @@ class Recorder:
         self._waiting.append((head, figures, {"lr": lr, "time": time.time()}))
 
     def flush(self) -> None:
-        """Write a line for every update taken since; stop at the first that is not finite."""
+        """Write a line for every update taken since; stop where the guard does."""
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
@@ -143,8 +146,9 @@ class Recorder:
         try:
             for head, figures, tail in waiting:
                 numbers = {name: next(values) for name in figures}
-                self._check(head["step"], numbers)
                 lines.append(head | numbers | tail | {"tokens_per_second": speed})
+                if self.guard:
+                    self.guard.see(head["step"], numbers)
         finally:
             self._write(lines)
         newest = lines[-1]
@@ -162,16 +166,6 @@ class Recorder:
     def _write(self, lines: list[dict[str, Any]]) -> None:
         if self.metrics is not None:
             self.metrics.write(lines)
-
-    def _check(self, step: int, numbers: dict[str, float]) -> None:
-        bad = [name for name, value in numbers.items() if not math.isfinite(value)]
-        if bad:
-            found = ", ".join(f"{name} = {numbers[name]}" for name in bad)
-            raise LimbeckError(
-                f"stage {self.stage!r}, step {step}: {found}",
-                expected="finite losses and a finite gradient",
-                hint="a lower lr, a longer warmup or a smaller clip; the last checkpoint is as it was",
-            )
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
