@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -31,11 +32,13 @@ from limbeck.training import (
     MetricsLog,
     OutOfMemory,
     StageResult,
+    Trackers,
     World,
     learning_summary,
     learning_table,
     load_learned,
     make_adamw,
+    open_trackers,
     parameter_groups,
     shard,
     train_stage,
@@ -56,7 +59,7 @@ class RunSamples:
 
 
 class Driver:
-    """Runs the stages of one run, one after the other.
+    """Runs the stages of one run, one after the other; as a context it ends what shows them.
 
     Args:
         run: The run's folder; rank 0 alone may write in it.
@@ -72,6 +75,17 @@ class Driver:
         self.autocast = PRECISIONS[half if recipe.precision == "auto" else recipe.precision]
         self.mesh = mesh_of(recipe, teacher, run.stage(0, CONVERTED) / "student", self.autocast, world)
         self.teachers = Teachers(teacher, self.autocast, self.device, self.mesh)
+        self._trackers: Trackers | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the trackers send what is left."""
+        if self._trackers:
+            self._trackers.close()
 
     def run_stage(self, index: int, name: str, predecessor: str) -> None:
         """Train one stage from its predecessor's student and leave its own.
@@ -114,7 +128,7 @@ class Driver:
         sampler = self._sampler(name)
         interval = stage.checkpoint_interval(sampler.dataset_size, self.recipe.data.sequence_length)
         share = {"rank": self.world.rank, "size": self.world.size}
-        log = MetricsLog(self.run.metrics) if self.world.main else nullcontext()
+        log = MetricsLog(self.run.metrics, self._tracked()) if self.world.main else nullcontext()
         with log as metrics, _tf32(self.recipe.tf32):
             try:
                 result = train_stage(
@@ -146,6 +160,24 @@ class Driver:
         facts |= {"processes": self.world.size}
         self._leave(index, name, start, step, result, facts)
         return True
+
+    def _tracked(self) -> Trackers:
+        """The run's trackers, opened with the first stage that is trained: a finished run opens none."""
+        if self._trackers is None:
+            table, offsets, done = self.recipe.tracking, {}, 0
+            for name, stage in self.recipe.stages.items():
+                offsets[name] = done
+                done += stage.steps
+            self._trackers = open_trackers(
+                table.trackers,
+                self.run.path / "trackers.json",
+                offsets=offsets,
+                project=table.project,
+                run_name=table.run_name,
+                entity=table.entity,
+                config=self.recipe.model_dump(mode="json", exclude={"tracking"}),
+            )
+        return self._trackers
 
     def _step(self, stage: AnyStage, student: PreTrainedModel) -> tuple[StageStep, Companion | None]:
         """What the stage trains, and what learns beside it."""

@@ -8,6 +8,7 @@ from limbeck.training.optim import GroupSummary, learning_summary, learning_tabl
 from limbeck.training.parallel import is_sharded, settle, shard, whole_weights
 from limbeck.training.schedule import Schedule, make_schedule
 from limbeck.training.store import TrainingState, read_state
+from limbeck.training.trackers import Trackers, check_trackers, open_trackers
 from limbeck.training.tracking import TIME_FIELDS, MetricsLog, read_metrics
 from limbeck.training.update import Companion, OutOfMemory
 from limbeck.training.weights import load_learned
@@ -22,15 +23,18 @@ __all__ = [
     "OutOfMemory",
     "Schedule",
     "StageResult",
+    "Trackers",
     "TrainingInterrupted",
     "TrainingState",
     "World",
+    "check_trackers",
     "is_sharded",
     "learning_summary",
     "learning_table",
     "load_learned",
     "make_adamw",
     "make_schedule",
+    "open_trackers",
     "parameter_groups",
     "read_metrics",
     "read_state",

@@ -20,6 +20,7 @@ from limbeck.errors import LimbeckError
 from limbeck.progress import PlainProgress
 from limbeck.training.distributed import World
 from limbeck.training.guards import Guard
+from limbeck.training.trackers import Trackers
 
 TIME_FIELDS = ("time", "tokens_per_second")
 SHOWN_TERMS = 4  # of a line of progress; metrics.jsonl has them all
@@ -30,10 +31,11 @@ class MetricsLog:
 
     Args:
         path: The file; it is made when missing.
+        trackers: Are handed every line that is written.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], trackers: Trackers | None = None):
+        self.path, self._trackers = Path(path), trackers
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab")
 
@@ -51,6 +53,8 @@ class MetricsLog:
         text = "".join(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n" for line in lines)
         self._file.write(text.encode())
         self._file.flush()
+        if self._trackers:
+            self._trackers.take(lines)
 
     def sync(self) -> int:
         """Bring all lines to the disk and return the length of the file in bytes."""
