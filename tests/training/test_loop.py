@@ -201,3 +201,24 @@ def test_updates_do_not_wait_for_the_device(tmp_path):
         torch.cuda.set_sync_debug_mode("default")
     assert checked == [0, 1, 2, 3]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_stage_begins_with_what_its_loss_lies_between(tmp_path):
+    asked = []
+
+    def perfect(batch):
+        asked.append(batch)
+        return 0.5
+
+    _, lines = train(tmp_path, ToyStep(), total=2, perfect=perfect)
+    assert lines[0] == {
+        "stage": "matrix",
+        "step": 0,
+        "reference_untrained": lines[1]["loss"],
+        "reference_perfect": 0.5,
+    }
+    assert [line["step"] for line in lines[1:]] == [1, 2]
+    assert torch.equal(asked[0][1]["input_ids"], micro_batches(0)[1]["input_ids"])
+    _, again = train(tmp_path, ToyStep(), total=3, perfect=perfect)
+    assert again[:3] == lines  # a resumed stage has its line already
+    assert len(asked) == 1

@@ -24,11 +24,11 @@ from limbeck.recipes.folder import RunFolder, RunPaths
 from limbeck.recipes.placement import mesh_of
 from limbeck.recipes.schema import AnyStage, EngineTable, LayerwiseStage, Recipe, Stage
 from limbeck.recipes.teachers import Teachers
+from limbeck.recipes.watching import limits_of, perfect_loss, trackers_of
 from limbeck.students import load_model
 from limbeck.training import (
     Checkpoints,
     Companion,
-    Limits,
     MetricsLog,
     OutOfMemory,
     StageResult,
@@ -38,7 +38,6 @@ from limbeck.training import (
     learning_table,
     load_learned,
     make_adamw,
-    open_trackers,
     parameter_groups,
     shard,
     train_stage,
@@ -128,7 +127,9 @@ class Driver:
         sampler = self._sampler(name)
         interval = stage.checkpoint_interval(sampler.dataset_size, self.recipe.data.sequence_length)
         share = {"rank": self.world.rank, "size": self.world.size}
-        log = MetricsLog(self.run.metrics, self._tracked()) if self.world.main else nullcontext()
+        if self.world.main and self._trackers is None:  # a finished run opens none
+            self._trackers = trackers_of(self.run, self.recipe)
+        log = MetricsLog(self.run.metrics, self._trackers) if self.world.main else nullcontext()
         with log as metrics, _tf32(self.recipe.tf32):
             try:
                 result = train_stage(
@@ -153,6 +154,7 @@ class Driver:
                     log_every=self.recipe.engine.log_every,
                     world=self.world,
                     limits=limits_of(stage, self.recipe.engine),
+                    perfect=lambda batch: perfect_loss(stage, step, batch, self.autocast, self.world),
                 )
             except OutOfMemory:
                 return False
@@ -160,24 +162,6 @@ class Driver:
         facts |= {"processes": self.world.size}
         self._leave(index, name, start, step, result, facts)
         return True
-
-    def _tracked(self) -> Trackers:
-        """The run's trackers, opened with the first stage that is trained: a finished run opens none."""
-        if self._trackers is None:
-            table, offsets, done = self.recipe.tracking, {}, 0
-            for name, stage in self.recipe.stages.items():
-                offsets[name] = done
-                done += stage.steps
-            self._trackers = open_trackers(
-                table.trackers,
-                self.run.path / "trackers.json",
-                offsets=offsets,
-                project=table.project,
-                run_name=table.run_name,
-                entity=table.entity,
-                config=self.recipe.model_dump(mode="json", exclude={"tracking"}),
-            )
-        return self._trackers
 
     def _step(self, stage: AnyStage, student: PreTrainedModel) -> tuple[StageStep, Companion | None]:
         """What the stage trains, and what learns beside it."""
@@ -282,12 +266,6 @@ def checkpoints_of(
         asynchronous=world.device.type == "cuda" if engine.async_save is None else engine.async_save,
         world=world,
     )
-
-
-def limits_of(stage: AnyStage, engine: EngineTable) -> Limits:
-    """What the stage's figures are held against."""
-    expect = stage.expect
-    return Limits(engine.max_nonfinite, expect.start if expect else None, expect.end if expect else None)
 
 
 def held_out_batches(dataset: Samples | None, recipe: Recipe) -> list[dict[str, Tensor]]:

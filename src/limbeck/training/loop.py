@@ -98,6 +98,7 @@ def train_stage(
     companion: Companion | None = None,
     world: World | None = None,
     limits: Limits | None = None,
+    perfect: Callable[[Sequence[Batch]], float | None] | None = None,
 ) -> StageResult:
     """Train `step_module` for `total_steps` updates, resuming from the newest checkpoint if there is one.
 
@@ -132,6 +133,8 @@ def train_stage(
         world: The processes that train together; by default this one alone. A `step_module` that is not sharded is
             wrapped in DDP where there are several.
         limits: What the figures are held against; see `guards`.
+        perfect: Gives the loss that a perfect student would have on the first update's micro-batches, None where
+            nobody knows it; with it, a stage's lines begin with one of the two losses that its own lie between.
 
     Raises:
         LimbeckError: Too many updates in a row whose loss or gradient is not finite, with the last one's batch saved
@@ -206,6 +209,8 @@ def train_stage(
             lr = schedule(state.step)
             figures, lacking = {}, False
             try:
+                if perfect and state.step == 0:
+                    recorder.perfect(perfect(batches(0)))
                 figures = accumulate(replicas, batches(state.step), device, autocast, scaler)
                 if state.step == (resumed or 0):
                     _tell_unreached(step_module, progress)

@@ -2,7 +2,9 @@
 
 A line of an update holds ``stage, step, tokens, loss``, the named terms, ``lr, grad_norm, time, tokens_per_second``; a
 line of an evaluation ``stage, step, tokens``, the figures with ``eval_`` before them, and ``time``. `step` and `tokens`
-count what is done. `TIME_FIELDS` apart, a resumed run writes the same bytes as an uninterrupted one.
+count what is done. Before its first update a stage may have a line with ``reference_untrained, reference_perfect``, its
+loss on the first batch and a perfect one. `TIME_FIELDS` apart, a resumed run writes the same bytes as one never
+interrupted.
 """
 
 import json
@@ -120,6 +122,7 @@ class Recorder:
     ):
         self.stage, self.metrics, self.tokens_per_step, self.progress = stage, metrics, tokens_per_step, progress
         self.world, self.guard = world or World.alone(), guard
+        self._references: dict[str, float | None] | None = None
         self._waiting: list[tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]] = []
         self.restart_clock()
 
@@ -131,6 +134,10 @@ class Recorder:
     def waited(self) -> float:
         """Seconds since the last flush."""
         return time.monotonic() - self._clock
+
+    def perfect(self, loss: float | None) -> None:
+        """Take the loss of a perfect student on the first batch; that of the untrained one is the first update's."""
+        self._references = {"reference_perfect": loss}
 
     def record(self, step: int, tokens: int, lr: float, figures: dict[str, Tensor]) -> None:
         """Take the figures of one update, scalar tensors, without reading them."""
@@ -150,6 +157,10 @@ class Recorder:
         try:
             for head, figures, tail in waiting:
                 numbers = {name: next(values) for name in figures}
+                if self._references is not None:
+                    first = {"stage": self.stage, "step": 0, "reference_untrained": numbers["loss"]}
+                    lines.append(first | self._references)
+                    self._references = None
                 lines.append(head | numbers | tail | {"tokens_per_second": speed})
                 if self.guard:
                     self.guard.see(head["step"], numbers)
