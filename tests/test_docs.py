@@ -230,7 +230,7 @@ def kind(annotation):
     text = str(annotation)
     if "Literal" in text:
         values = re.findall(r"'([^']+)'", text)
-        return " ".join(f"`{value}`" for value in values)
+        return ("array of " if "as_tuple" in text else "") + " ".join(f"`{value}`" for value in values)
     for sign, words in (
         ("PlainValidator", "amount"),
         ("as_tuple", "array"),
@@ -284,6 +284,8 @@ def test_tables_of_keys_are_the_schemas():
         "StudentTable",
         "DataTable",
         "EvaluationTable",
+        "EngineTable",
+        "TrackingTable",
         "Stage",
         "HiddenStage",
         "LogitsStage",

@@ -125,6 +125,11 @@ def test_the_metrics(finished):
     assert {"matrix_per_layer", "lr", "grad_norm", "tokens", "time", "tokens_per_second"} <= updates[0].keys()
     assert "hidden_per_layer" in updates[4]
     assert "kl" in updates[-1]
+    references = [line for line in lines if "reference_perfect" in line]
+    assert [(line["stage"], line["step"], line["reference_perfect"]) for line in references] == [
+        *(("matrix", 0, 0.0), ("hidden", 0, 0.0), ("logits", 0, 0.0)),
+    ]
+    assert references[0]["reference_untrained"] == updates[0]["loss"]
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [(line["stage"], line["step"]) for line in evaluations] == [
         *(("matrix", n) for n in (0, 2, 4)),
@@ -141,6 +146,25 @@ def test_the_metrics(finished):
     # A stage starts from the very weights that its predecessor left.
     assert evaluations[2]["eval_loss"] == evaluations[3]["eval_loss"]
     assert evaluations[5]["eval_loss"] == evaluations[6]["eval_loss"]
+
+
+def test_a_perfect_student_has_its_teachers_loss_on_the_text(again, recipe_file, teacher_folder, tmp_path):
+    """Where a stage reads the text, the reference is what a copy of the teacher has in the first update."""
+    whole = load_recipe(recipe_file, ["stages.logits.ce_weight=0.5", "evaluation.every=0"])
+    recipe = whole.model_copy(update={"stages": {"logits": whole.stages["logits"]}})
+    lines = read_metrics(again(tmp_path / "run", recipe).output / "metrics.jsonl")
+    assert lines[0]["reference_untrained"] == lines[1]["loss"]
+
+    layers = list(range(load_model(teacher_folder).config.num_hidden_layers))
+    copy = recipe.model_copy(update={"student": recipe.student.model_copy(update={"keep_attention": tuple(layers)})})
+    same = read_metrics(again(tmp_path / "copy", copy).output / "metrics.jsonl")
+    assert same[1]["loss"] == pytest.approx(same[0]["reference_perfect"], rel=1e-5)
+    assert same[0]["reference_perfect"] == lines[0]["reference_perfect"] < lines[0]["reference_untrained"]
+
+    alone = load_recipe(recipe_file, ["stages.logits.ce_weight=1.0", "stages.logits.kl_weight=0.0"])
+    alone = alone.model_copy(update={"stages": {"logits": alone.stages["logits"]}})
+    lines = read_metrics(again(tmp_path / "alone", alone).output / "metrics.jsonl")
+    assert [line["reference_perfect"] for line in lines if "reference_perfect" in line] == [None]
 
 
 def test_a_finished_run_is_finished(copy, again):

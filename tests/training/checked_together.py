@@ -2,15 +2,19 @@
 
 import copy
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from limbeck import LimbeckError, convert
 from limbeck.distill import StageStep, make_objective, matrix
 from limbeck.mixers import mamba2
 from limbeck.training import World, settle, shard, shard_step, whole_weights
+from limbeck.training.guards import keep_batch
 from limbeck.training.parallel import Replicas
 from limbeck.training.update import accumulate, apply
 from tiny import tiny_teacher
@@ -103,7 +107,7 @@ def check_precision(world):
 
 
 def check_what_is_not_finite(world):
-    """One process meets an infinite gradient: all leave the update out, moments and weights stay."""
+    """One process meets an infinite gradient, or loss: all leave the update out, moments and weights stay."""
     for mesh in (None, world.mesh()):
         student, teacher = models()
         step = StageStep(student, make_objective("logits"), teacher)
@@ -113,18 +117,30 @@ def check_what_is_not_finite(world):
         replicas = Replicas(step, world)
         replicas.prepare()
         before = None
-        for spoiled in (False, True, False):
-            scale = float("inf") if spoiled and world.rank == 1 else 1.0
-            handle = step.register_forward_hook(lambda _m, _a, out, scale=scale: {"loss": out["loss"] * scale})
+        for times, plus in ((1.0, 0.0), (float("inf"), 0.0), (1.0, float("inf")), (1.0, 0.0)):
+            spoiled = times + plus > 1.0
+            own = (times, plus) if world.rank == 1 else (1.0, 0.0)
+            handle = step.register_forward_hook(lambda _m, _a, out, own=own: {"loss": out["loss"] * own[0] + own[1]})
             accumulate(replicas, batch_of(world.rank), torch.device("cpu"), None)
             handle.remove()
-            _, skipped = apply(optimizer, 1e-2, 1.0)
+            skipped = apply(optimizer, 1e-2, 1.0)["skipped"]
             assert skipped.item() == float(spoiled)
             settle(step)
             after = [w.full_tensor() if isinstance(w, DTensor) else w.detach().clone() for w in step.parameters()]
             same = before is not None and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
             assert same == spoiled
             before = after
+
+
+def check_kept_batch(world):
+    """The batch that is kept for inspection is that of all processes, in their order."""
+    folder = Path(world.share(tempfile.mkdtemp()))
+    told = keep_batch(folder, "logits", 3, batch_of(world.rank), world)
+    assert str(folder / "nonfinite-logits-3.safetensors") in told
+    if world.main:
+        found = load_file(folder / "nonfinite-logits-3.safetensors")
+        expected = [part["input_ids"] for rank in range(world.size) for part in batch_of(rank)]
+        assert torch.equal(found["input_ids"], torch.cat(expected))
 
 
 def check_export(world):

@@ -115,7 +115,7 @@ def test_each_process_draws_its_own_numbers():
 @pytest.mark.slow
 def test_two_processes_compute_as_one():
     """Everything in one call of torchrun, which takes seconds to start: see `checked_together`."""
-    checks = ["words", "gradients", "precision", "what_is_not_finite", "export"]
+    checks = ["words", "gradients", "precision", "what_is_not_finite", "kept_batch", "export"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from limbeck.data.samples import still_whole
 from limbeck.errors import LimbeckError
 from limbeck.files import replacing
 
@@ -37,15 +38,25 @@ class TokenDataset:
                 hint="more text, or a smaller data.sequence_length",
             )
         self.tokens, self.sequence_length = tokens, sequence_length
+        self._file = None
+        if isinstance(tokens, np.memmap) and tokens.filename:
+            self._file = Path(tokens.filename), tokens.offset + tokens.nbytes
 
     def __len__(self) -> int:
         """Count the samples."""
         return (len(self.tokens) - 1) // self.sequence_length
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Give sample ``index``: tokens (l + 1,), a view."""
+        """Give sample ``index``: tokens (l + 1,), a view.
+
+        Raises:
+            IndexError: There is no such sample.
+            LimbeckError: The file behind it is gone or has shrunk.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        if self._file:
+            still_whole(*self._file)
         start = index * self.sequence_length
         return self.tokens[start : start + self.sequence_length + 1]
 

@@ -1,10 +1,13 @@
 """What every source of samples is: something with a length, whose items are the tokens of one sample."""
 
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from limbeck.errors import LimbeckError
+
+REPAIR = "put it back; the same command then goes on from the last checkpoint"
 
 PADDING, CONTEXT, LEARNED = 0, 1, 2
 """What a token of a sample with roles is there for."""
@@ -15,6 +18,20 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> np.ndarray: ...
+
+
+def still_whole(path: Path, size: int) -> None:
+    """Make sure that a mapped file has not shrunk: what reads behind the end of one is killed by the system.
+
+    Raises:
+        LimbeckError: It has, or it is gone.
+    """
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise LimbeckError(f"{path} is gone: {error.strerror}", "the file as it was opened", REPAIR) from None
+    if found < size:
+        raise LimbeckError(f"{path} shrank from {size} bytes to {found}", "the file as it was opened", REPAIR)
 
 
 class Part:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from limbeck.data.samples import still_whole
 from limbeck.errors import LimbeckError
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.bin$")
@@ -72,11 +73,12 @@ class ShardedBytes:
         """Give the bytes from `start` to `stop`: a view of one map, or the join of several.
 
         Raises:
-            LimbeckError: A shard that holds some of them is missing.
+            LimbeckError: A shard that holds some of them is missing, or was lost since.
         """
         place = bisect.bisect_right(self._starts, start) - 1
         shard = self.shards[place]
         if stop <= shard.stop and shard.data is not None:
+            still_whole(shard.path, shard.stop - shard.start)
             return shard.data[start - shard.start : stop - shard.start]
         pieces = []
         for shard in self.shards[place:]:
@@ -88,6 +90,7 @@ class ShardedBytes:
                     expected=f"the shard that holds bytes {shard.start} to {shard.stop}",
                     hint="fetch it, or ask for fewer samples (data.max_samples)",
                 )
+            still_whole(shard.path, shard.stop - shard.start)
             pieces.append(shard.data[max(start - shard.start, 0) : stop - shard.start])
         return np.concatenate(pieces)
 

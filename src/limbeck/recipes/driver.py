@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from limbeck.recipes.folder import RunFolder, RunPaths
 from limbeck.recipes.placement import mesh_of
 from limbeck.recipes.schema import AnyStage, EngineTable, LayerwiseStage, Recipe, Stage
 from limbeck.recipes.teachers import Teachers
+from limbeck.recipes.watching import limits_of, perfect_loss, trackers_of
 from limbeck.students import load_model
 from limbeck.training import (
     Checkpoints,
@@ -30,6 +32,7 @@ from limbeck.training import (
     MetricsLog,
     OutOfMemory,
     StageResult,
+    Trackers,
     World,
     learning_summary,
     learning_table,
@@ -55,7 +58,7 @@ class RunSamples:
 
 
 class Driver:
-    """Runs the stages of one run, one after the other.
+    """Runs the stages of one run, one after the other; as a context it ends what shows them.
 
     Args:
         run: The run's folder; rank 0 alone may write in it.
@@ -71,6 +74,17 @@ class Driver:
         self.autocast = PRECISIONS[half if recipe.precision == "auto" else recipe.precision]
         self.mesh = mesh_of(recipe, teacher, run.stage(0, CONVERTED) / "student", self.autocast, world)
         self.teachers = Teachers(teacher, self.autocast, self.device, self.mesh)
+        self._trackers: Trackers | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the trackers send what is left."""
+        if self._trackers:
+            self._trackers.close()
 
     def run_stage(self, index: int, name: str, predecessor: str) -> None:
         """Train one stage from its predecessor's student and leave its own.
@@ -113,7 +127,9 @@ class Driver:
         sampler = self._sampler(name)
         interval = stage.checkpoint_interval(sampler.dataset_size, self.recipe.data.sequence_length)
         share = {"rank": self.world.rank, "size": self.world.size}
-        log = MetricsLog(self.run.metrics) if self.world.main else nullcontext()
+        if self.world.main and self._trackers is None:  # a finished run opens none
+            self._trackers = trackers_of(self.run, self.recipe)
+        log = MetricsLog(self.run.metrics, self._trackers) if self.world.main else nullcontext()
         with log as metrics, _tf32(self.recipe.tf32):
             try:
                 result = train_stage(
@@ -137,6 +153,8 @@ class Driver:
                     companion=companion,
                     log_every=self.recipe.engine.log_every,
                     world=self.world,
+                    limits=limits_of(stage, self.recipe.engine),
+                    perfect=lambda batch: perfect_loss(stage, step, batch, self.autocast, self.world),
                 )
             except OutOfMemory:
                 return False

@@ -15,7 +15,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from limbeck.errors import LimbeckError, unknown
-from limbeck.recipes.schema import STAGES, DataTable, EngineTable, EvaluationTable, Recipe, StudentTable, Table
+from limbeck.recipes.schema import (
+    STAGES,
+    DataTable,
+    EngineTable,
+    EvaluationTable,
+    Recipe,
+    StudentTable,
+    Table,
+    TrackingTable,
+)
 
 Key = tuple[str, ...]
 LENGTHS = {"steps": "tokens", "tokens": "steps"}
@@ -26,6 +35,7 @@ TABLES: Mapping[str, type[Table]] = {
     "data": DataTable,
     "evaluation": EvaluationTable,
     "engine": EngineTable,
+    "tracking": TrackingTable,
     **{f"stages.{objective}": stage for objective, stage in STAGES.items()},
 }
 EXPECTED = {  # pydantic's kinds of error whose own words are not those of TOML

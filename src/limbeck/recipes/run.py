@@ -16,7 +16,7 @@ from limbeck.recipes.schema import Recipe, SourceTable
 from limbeck.recipes.teachers import check_further_teachers, smallest_vocabulary
 from limbeck.recipes.write import to_toml
 from limbeck.students import convert_folder, load_config, load_tokenizer
-from limbeck.training import World
+from limbeck.training import World, check_trackers
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def distill(
         with World.join(device) as world:
             options = {"teacher": teacher, "student": student, "tokenizer": tokenizer, "data": data, "tokens": tokens}
             return distill(recipe, output=output, **options, origin=origin, accept_changes=accept_changes, world=world)
+    world.first(lambda: check_trackers(recipe.tracking.trackers))
     teacher = needed(teacher or recipe.teacher, "teacher", "--teacher with a folder or a hub id")
     sources = given_sources(data, recipe)
     recipe = recipe if tokens is None else recipe.scaled_to(tokens)
@@ -114,9 +115,10 @@ def distill(
     samples = _samples(run, recipe, tokenizer or teacher, sources, vocabulary)
     driver = Driver(run, recipe, teacher, samples, world)
     names = [CONVERTED, *recipe.stages]
-    for index, name in enumerate(recipe.stages, start=1):
-        if not world.share(run.finished(index, name)):
-            driver.run_stage(index, name, predecessor=names[index - 1])
+    with driver:
+        for index, name in enumerate(recipe.stages, start=1):
+            if not world.share(run.finished(index, name)):
+                driver.run_stage(index, name, predecessor=names[index - 1])
     world.first(lambda: claimed[0].deliver(len(recipe.stages), names[-1]))
     folders = {name: run.stage(index, name) / "student" for index, name in enumerate(names)}
     return RunResult(run.path, run.student, folders)

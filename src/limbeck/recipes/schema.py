@@ -37,6 +37,7 @@ __all__ = [
     "Stage",
     "StudentTable",
     "Table",
+    "TrackingTable",
 ]
 
 
@@ -135,6 +136,22 @@ class EngineTable(Table):
     log_every: Count = 10
 
 
+class TrackingTable(Table):
+    """``[tracking]``: who shows a run while it goes on, beside ``metrics.jsonl``; a resumed run may have another.
+
+    Attributes:
+        trackers: Any of ``"tensorboard"``, ``"wandb"`` and ``"trackio"``.
+        project: What the run is filed under.
+        run_name: What the run is called there; left out, as its folder is.
+        entity: The user or team on wandb that it belongs to; left out, wandb's default.
+    """
+
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(as_tuple)] = ()
+    project: Annotated[str, Field(min_length=1)] = "limbeck"
+    run_name: str | None = None
+    entity: str | None = None
+
+
 class Recipe(Table):
     """A whole recipe.
 
@@ -149,6 +166,7 @@ class Recipe(Table):
         data: See `DataTable`.
         evaluation: See `EvaluationTable`.
         engine: See `EngineTable`.
+        tracking: See `TrackingTable`.
         stages: The stages by name, in the order in which they run.
     """
 
@@ -161,6 +179,7 @@ class Recipe(Table):
     data: DataTable = DataTable()
     evaluation: EvaluationTable = EvaluationTable()
     engine: EngineTable = EngineTable()
+    tracking: TrackingTable = TrackingTable()
     stages: Annotated[
         dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], AnyStage], Field(min_length=1)
     ]

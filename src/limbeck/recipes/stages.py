@@ -21,7 +21,7 @@ Range = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
 
 
 class Expect(Table):
-    """``expect``: between which values a healthy run's loss lies; `limbeck report` draws them, nothing else reads them.
+    """``expect``: between which values a healthy run's loss lies; a run says when it leaves them, a report draws them.
 
     They speak of ``matrix_per_layer``, ``hidden_per_layer``, ``kl``, or where there is none of these ``loss``.
 
@@ -57,7 +57,7 @@ class Stage(Table):
         trainable: Narrows what learns to the mixers or the swapped blocks; left out, all that the objective reaches.
         freeze_steps: Amount of updates at the start in which the mixers learn alone.
         teacher: Folder or Hub id of this stage's teacher, where it is not the recipe's.
-        expect: Where a healthy run's loss lies, for ``limbeck report``: ``{start = [45, 60], end = [7, 12]}``.
+        expect: Where a healthy run's loss lies; a run says when it leaves it: ``{start = [45, 60], end = [7, 12]}``.
     """
 
     tokens: Count

@@ -92,10 +92,12 @@ def has_tokenizer(folder: Path) -> bool:
 
 def not_loaded(what: str, source: str | Path, error: Exception) -> LimbeckError:
     """The error for what transformers or the hub could not load."""
-    kind = "folder" if Path(source).is_dir() else "hub id, and no folder of that name is here,"
+    local = Path(source).is_dir()
+    kind = "folder" if local else "hub id, and no folder of that name is here,"
     return LimbeckError(
         f"cannot load a {what} from {str(source)!r}: {str(error).strip() or type(error).__name__}",
         expected=f"a {what} that transformers can load without remote code; this is a {kind} it cannot load from",
+        hint="" if local else f"the right name, a network, or a folder: `hf download {source}` where there is one",
     )
 
 

@@ -2,11 +2,13 @@
 
 from limbeck.training.checkpoint import Checkpoints
 from limbeck.training.distributed import World
+from limbeck.training.guards import Limits
 from limbeck.training.loop import StageResult, TrainingInterrupted, train_stage
 from limbeck.training.optim import GroupSummary, learning_summary, learning_table, make_adamw, parameter_groups
 from limbeck.training.parallel import is_sharded, settle, shard, shard_step, whole_weights
 from limbeck.training.schedule import Schedule, make_schedule
 from limbeck.training.store import TrainingState, read_state
+from limbeck.training.trackers import Trackers, check_trackers, open_trackers
 from limbeck.training.tracking import TIME_FIELDS, MetricsLog, read_metrics
 from limbeck.training.update import Companion, OutOfMemory
 from limbeck.training.weights import load_learned
@@ -16,19 +18,23 @@ __all__ = [
     "Checkpoints",
     "Companion",
     "GroupSummary",
+    "Limits",
     "MetricsLog",
     "OutOfMemory",
     "Schedule",
     "StageResult",
+    "Trackers",
     "TrainingInterrupted",
     "TrainingState",
     "World",
+    "check_trackers",
     "is_sharded",
     "learning_summary",
     "learning_table",
     "load_learned",
     "make_adamw",
     "make_schedule",
+    "open_trackers",
     "parameter_groups",
     "read_metrics",
     "read_state",

@@ -35,6 +35,7 @@ from limbeck.errors import LimbeckError
 from limbeck.progress import PlainProgress, make_progress, say
 from limbeck.training.checkpoint import Checkpoints
 from limbeck.training.distributed import World, process_seed
+from limbeck.training.guards import Guard, Limits, keep_batch
 from limbeck.training.parallel import Replicas, settle
 from limbeck.training.store import TrainingState
 from limbeck.training.tracking import MetricsLog, Recorder
@@ -96,6 +97,8 @@ def train_stage(
     enter: Callable[[int], None] | None = None,
     companion: Companion | None = None,
     world: World | None = None,
+    limits: Limits | None = None,
+    perfect: Callable[[Sequence[Batch]], float | None] | None = None,
 ) -> StageResult:
     """Train `step_module` for `total_steps` updates, resuming from the newest checkpoint if there is one.
 
@@ -129,10 +132,13 @@ def train_stage(
         companion: What learns beside the step module, until its time is over.
         world: The processes that train together; by default this one alone. A `step_module` that is not sharded is
             wrapped in DDP where there are several.
+        limits: What the figures are held against; see `guards`.
+        perfect: Gives the loss that a perfect student would have on the first update's micro-batches, None where
+            nobody knows it; with it, a stage's lines begin with one of the two losses that its own lie between.
 
     Raises:
-        LimbeckError: A loss, term or gradient norm that is not finite (named, with stage and step); a checkpoint that
-            does not fit; another autocast dtype.
+        LimbeckError: Too many updates in a row whose loss or gradient is not finite, with the last one's batch saved
+            beside the metrics; a checkpoint that does not fit; another autocast dtype.
         TrainingInterrupted: After SIGINT or SIGTERM, with the state saved. A second signal acts at once.
         OutOfMemory: An update did not fit in memory. What was built for the stage is of no more use; built anew with
             smaller micro-batches, it goes on from the last checkpoint.
@@ -155,7 +161,17 @@ def train_stage(
     kept = (step_module, optimizer, companion, scaler)
     state, resumed = _start(kept, prepare, stage, checkpoints, metrics, seed, world)
     progress = progress or make_progress(stage, total_steps)
-    recorder = Recorder(stage, metrics, tokens_per_step, progress, world)
+    folder = metrics.path.parent if metrics else checkpoints.directory
+
+    def keep(step: int) -> str:
+        return keep_batch(folder, stage, step, batches(step - 1), world)
+
+    guard = Guard(stage, limits, total_steps=total_steps, note=progress.note, keep=keep, state=state)
+    recorder = Recorder(stage, metrics, tokens_per_step, progress, world, guard)
+
+    def flushed() -> TrainingState:
+        recorder.flush()
+        return replace(state, skipped=guard.skipped, skipped_in_a_row=guard.skipped_in_a_row)
 
     with progress, checkpoints, _stop_signals(world) as stop:
         progress.begin(state.step)
@@ -168,8 +184,7 @@ def train_stage(
 
             # once in a while: evaluate the weights on held-out data
             if evaluate and eval_every and fresh and (state.step % eval_every == 0 or last):
-                recorder.flush()
-                state = _evaluation(step_module, evaluate, state, recorder, checkpoints, world)
+                state = _evaluation(step_module, evaluate, flushed(), recorder, checkpoints, world)
                 stopping = agree(world, stop)
 
             # once in a while: save, at the end and on a signal too
@@ -177,8 +192,7 @@ def train_stage(
                 (checkpoint_every and state.step % checkpoint_every == 0) or checkpoints.keep_for_good(state.step)
             )
             if fresh and (due or last or stopping):
-                recorder.flush()
-                state = replace(state, metrics_bytes=world.share(metrics.sync() if metrics else 0))
+                state = replace(flushed(), metrics_bytes=world.share(metrics.sync() if metrics else 0))
                 if companion and companion.module:
                     settle(companion.module)
                 checkpoints.save(state, *kept)
@@ -195,10 +209,12 @@ def train_stage(
             lr = schedule(state.step)
             figures, lacking = {}, False
             try:
+                if perfect and state.step == 0:
+                    recorder.perfect(perfect(batches(0)))
                 figures = accumulate(replicas, batches(state.step), device, autocast, scaler)
                 if state.step == (resumed or 0):
                     _tell_unreached(step_module, progress)
-                figures["grad_norm"], figures["skipped"] = apply(optimizer, lr, clip, scaler)
+                figures |= apply(optimizer, lr, clip, scaler)
                 if companion:
                     figures |= companion.update(state.step, scaler, world)
             except torch.OutOfMemoryError:

@@ -2,7 +2,9 @@
 
 A line of an update holds ``stage, step, tokens, loss``, the named terms, ``lr, grad_norm, time, tokens_per_second``; a
 line of an evaluation ``stage, step, tokens``, the figures with ``eval_`` before them, and ``time``. `step` and `tokens`
-count what is done. `TIME_FIELDS` apart, a resumed run writes the same bytes as an uninterrupted one.
+count what is done. Before its first update a stage may have a line with ``reference_untrained, reference_perfect``, its
+loss on the first batch and a perfect one. `TIME_FIELDS` apart, a resumed run writes the same bytes as one never
+interrupted.
 """
 
 import json
@@ -19,6 +21,8 @@ from torch import Tensor
 from limbeck.errors import LimbeckError
 from limbeck.progress import PlainProgress
 from limbeck.training.distributed import World
+from limbeck.training.guards import Guard
+from limbeck.training.trackers import Trackers
 
 TIME_FIELDS = ("time", "tokens_per_second")
 SHOWN_TERMS = 4  # of a line of progress; metrics.jsonl has them all
@@ -29,10 +33,11 @@ class MetricsLog:
 
     Args:
         path: The file; it is made when missing.
+        trackers: Are handed every line that is written.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], trackers: Trackers | None = None):
+        self.path, self._trackers = Path(path), trackers
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab")
 
@@ -50,6 +55,8 @@ class MetricsLog:
         text = "".join(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n" for line in lines)
         self._file.write(text.encode())
         self._file.flush()
+        if self._trackers:
+            self._trackers.take(lines)
 
     def sync(self) -> int:
         """Bring all lines to the disk and return the length of the file in bytes."""
@@ -93,7 +100,7 @@ class MetricsLog:
 
 
 class Recorder:
-    """Keeps the figures of the last updates on the device; `flush` fetches, checks, writes and shows them together.
+    """Keeps the figures of the last updates on the device; `flush` fetches, judges, writes and shows them together.
 
     Args:
         stage: The stage's name.
@@ -101,6 +108,7 @@ class Recorder:
         tokens_per_step: For tokens per second.
         progress: Where the newest figures are shown.
         world: The processes whose figures are averaged, by default this one; they flush at the same steps.
+        guard: Judges the figures of every update.
     """
 
     def __init__(
@@ -110,9 +118,11 @@ class Recorder:
         tokens_per_step: int,
         progress: PlainProgress,
         world: World | None = None,
+        guard: Guard | None = None,
     ):
         self.stage, self.metrics, self.tokens_per_step, self.progress = stage, metrics, tokens_per_step, progress
-        self.world = world or World.alone()
+        self.world, self.guard = world or World.alone(), guard
+        self._references: dict[str, float | None] | None = None
         self._waiting: list[tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]] = []
         self.restart_clock()
 
@@ -125,13 +135,17 @@ class Recorder:
         """Seconds since the last flush."""
         return time.monotonic() - self._clock
 
+    def perfect(self, loss: float | None) -> None:
+        """Take the loss of a perfect student on the first batch; that of the untrained one is the first update's."""
+        self._references = {"reference_perfect": loss}
+
     def record(self, step: int, tokens: int, lr: float, figures: dict[str, Tensor]) -> None:
         """Take the figures of one update, scalar tensors, without reading them."""
         head = {"stage": self.stage, "step": step, "tokens": tokens}
         self._waiting.append((head, figures, {"lr": lr, "time": time.time()}))
 
     def flush(self) -> None:
-        """Write a line for every update taken since; stop at the first that is not finite."""
+        """Write a line for every update taken since; stop where the guard does."""
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
@@ -143,8 +157,13 @@ class Recorder:
         try:
             for head, figures, tail in waiting:
                 numbers = {name: next(values) for name in figures}
-                self._check(head["step"], numbers)
+                if self._references is not None:
+                    first = {"stage": self.stage, "step": 0, "reference_untrained": numbers["loss"]}
+                    lines.append(first | self._references)
+                    self._references = None
                 lines.append(head | numbers | tail | {"tokens_per_second": speed})
+                if self.guard:
+                    self.guard.see(head["step"], numbers)
         finally:
             self._write(lines)
         newest = lines[-1]
@@ -162,16 +181,6 @@ class Recorder:
     def _write(self, lines: list[dict[str, Any]]) -> None:
         if self.metrics is not None:
             self.metrics.write(lines)
-
-    def _check(self, step: int, numbers: dict[str, float]) -> None:
-        bad = [name for name, value in numbers.items() if not math.isfinite(value)]
-        if bad:
-            found = ", ".join(f"{name} = {numbers[name]}" for name in bad)
-            raise LimbeckError(
-                f"stage {self.stage!r}, step {step}: {found}",
-                expected="finite losses and a finite gradient",
-                hint="a lower lr, a longer warmup or a smaller clip; the last checkpoint is as it was",
-            )
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

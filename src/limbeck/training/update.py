@@ -70,7 +70,7 @@ class Companion:
         assert self.module is not None
         world.average_gradients(self.module.parameters())
         lr = self.schedule((step + 1) // self.every - 1)
-        norm, _ = apply(self.optimizer, lr, self.clip, scaler)
+        norm = apply(self.optimizer, lr, self.clip, scaler)["grad_norm"]
         return {f"{self.name}_lr": torch.full_like(norm, lr, dtype=torch.float64), f"{self.name}_grad_norm": norm}
 
 
@@ -115,7 +115,10 @@ def accumulate(
                 if name != "loss" and term.requires_grad:
                     total = total + term
             total = total * share
-            (total if scaler is None else scaler.scale(total)).backward()
+            one = (
+                total.detach() * 0.0 + 1.0
+            )  # not a number where the loss is not finite: then no process learns from it
+            (total if scaler is None else scaler.scale(total)).backward(one)
         for name, value in terms.items():
             part = value.detach() * share
             means[name] = means[name] + part if name in means else part
@@ -157,11 +160,11 @@ def agree(world: World, stop: Sequence[int], lacking: bool = False, step: int = 
 
 def apply(
     optimizer: torch.optim.Optimizer, lr: float, clip: float | None, scaler: torch.amp.GradScaler | None = None
-) -> tuple[Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """Clip the gradient, take the optimiser's step at rate `lr`, and forget the gradient.
 
-    Where the gradient is not finite, nothing is learned: neither weights nor momenta nor decay move. The device decides
-    that by itself, so an accelerator is not waited for.
+    Where the gradient is not finite, as after a loss that is not, nothing is learned: neither weights nor momenta nor
+    decay move. The device decides that by itself, so an accelerator is not waited for.
 
     Args:
         optimizer: AdamW in its fused form, which reads ``found_inf``. Its groups may hold ``lr_scale``.
@@ -170,14 +173,18 @@ def apply(
         scaler: Of the loss. A gradient that overflowed is not learned from.
 
     Returns:
-        The norm of the gradient before clipping, 0 where it overflowed under a scaler; and whether the update was left
-        out, 1.0 or 0.0.
+        ``grad_norm``, the norm of the gradient before clipping, 0 where it overflowed under a scaler; ``skipped``,
+        whether the update was left out, 1.0 or 0.0; and where groups have names, ``grad_norm_NAME`` for the mixers and
+        for the teacher-born weights, if both learn.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = _clip([parameter for group in optimizer.param_groups for parameter in group["params"]], clip)
+    norms = _group_norms(optimizer)
+    norm = torch.linalg.vector_norm(torch.stack(list(norms.values()))) if norms else torch.zeros(())
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_([p for group in optimizer.param_groups for p in group["params"]], clip, norm)
     skipped = (~norm.isfinite()).float()
     if scaler is None:
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
@@ -185,9 +192,15 @@ def apply(
         del optimizer.found_inf  # type: ignore[attr-defined]
     else:
         scaler.step(optimizer)
-        norm = torch.where(norm.isfinite(), norm, 0.0)
+        norm, norms = (
+            torch.where(skipped > 0, 0.0, norm),
+            {name: torch.where(skipped > 0, 0.0, value) for name, value in norms.items()},
+        )
     optimizer.zero_grad(set_to_none=True)
-    return norm, skipped
+    figures = {"grad_norm": norm, "skipped": skipped}
+    if len(norms) > 1:
+        figures |= {f"grad_norm_{name}": value for name, value in norms.items()}
+    return figures
 
 
 def rescale(scaler: torch.amp.GradScaler, stage: str, step: int) -> dict[str, Tensor]:
@@ -207,11 +220,16 @@ def rescale(scaler: torch.amp.GradScaler, stage: str, step: int) -> dict[str, Te
     return {"loss_scale": torch.tensor(scale)}
 
 
-def _clip(parameters: Sequence[Tensor], clip: float | None) -> Tensor:
-    """Scale the gradient down to norm `clip` if it is longer; return its norm before that. No host sync."""
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if clip is not None:
-        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    return norm
+def _group_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The gradient's norm over each kind of parameters, decayed or not; those without a gradient are left out.
+
+    No host sync. The kind is the group's name up to a comma, as `parameter_groups` gives it.
+    """
+    gradients: dict[str, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        found = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+        if found:
+            kind = group.get("name", "").split(",")[0].replace("-", "_")
+            gradients.setdefault(kind, []).extend(found)
+    norms = {kind: nn.utils.get_total_norm(found) for kind, found in gradients.items()}
+    return {kind: norm.full_tensor() if isinstance(norm, DTensor) else norm for kind, norm in norms.items()}
