@@ -153,6 +153,7 @@ class Driver:
         """What the stage trains, and what learns beside it."""
         folder, options = cache_of(stage), stage.objective_options()
         if folder is not None:
+            self.teachers.release()
             options["cached_vocabulary"] = TeacherCache(folder).vocabulary
         objective = make_objective(stage.objective, **options)
         if not isinstance(stage, LayerwiseStage):
