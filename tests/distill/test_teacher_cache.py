@@ -162,12 +162,18 @@ def test_a_killed_and_resumed_cache_has_the_same_bytes(batches_done, shards_done
     with pytest.raises(LimbeckError, match="an unfinished teacher cache"):
         TeacherCache(tmp_path / "killed")
     read.clear()
+    (tmp_path / "killed" / f".writing-shard-0000{shards_done}.npy").write_bytes(b"what kill -9 leaves of a shard")
     write(tmp_path / "killed", batch_of=counted)
     assert bytes_of(tmp_path / "killed") == bytes_of(whole.folder)
     assert read[2].start == 3 * shards_done, "what was done is not done again"
     read.clear()
     write(tmp_path / "killed", batch_of=counted)
     assert len(read) == 2, "a finished one is only compared"
+
+
+def test_a_kill_before_the_plan_is_there(write, tmp_path):
+    (tmp_path / ".writing-plan.json").write_text("{")
+    assert len(write(tmp_path)) == SAMPLES
 
 
 def test_the_manifest_tells_what_it_is(write, tmp_path):

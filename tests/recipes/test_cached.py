@@ -1,8 +1,11 @@
 """A run on a teacher cache is the run on the teacher, and a cache of something else is refused before it begins."""
 
+import gc
 import shutil
+import weakref
 
 import pytest
+import together
 import torch
 
 from limbeck import LimbeckError, distill, load_recipe
@@ -107,6 +110,54 @@ def test_a_cache_of_something_else_is_refused(
     refused("sample 0 has other tokens", read, data=tmp_path / "other.npy")
     write_tokens(tmp_path / "longer.npy", [samples.tokens, tokens])
     refused(f"with samples {len(samples)}", read, data=tmp_path / "longer.npy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_read_it_as_one_does(parallel, recipe_file, cache, teacher_folder, text_file, tmp_path):
+    def losses_of(processes):
+        output, log = tmp_path / str(processes), tmp_path / f"log-{processes}"
+        given = ["--teacher", teacher_folder, "--data", text_file, "--output", output, "--device", "cpu"]
+        settings = [
+            f"stages.logits.teacher_cache={cache}",
+            f"engine.parallel={parallel}",
+            "stages.logits.freeze_steps=2",
+        ]
+        given += [part for setting in settings for part in ("--set", setting)]
+        assert together.start(processes, "none", ["distill", recipe_file, *given], log) == 0, log.read_text()
+        return [
+            line["loss"]
+            for line in read_metrics(output / "metrics.jsonl")
+            if line["stage"] == "logits" and "lr" in line
+        ]
+
+    alone = losses_of(1)
+    assert len(alone) == 6
+    assert losses_of(2) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_teacher_of_an_earlier_stage_is_let_go(
+    recipe_file, cache, teacher_folder, text_file, tmp_path, monkeypatch
+):
+    loaded, alive = [], {}
+    load, train_stage = teachers.Teachers._load, driver.train_stage
+
+    def watched_load(*arguments):
+        teacher = load(*arguments)
+        loaded.append(weakref.ref(teacher))
+        return teacher
+
+    def watched(*arguments, stage, **options):
+        gc.collect()
+        alive[stage] = [teacher() is not None for teacher in loaded]
+        return train_stage(*arguments, stage=stage, **options)
+
+    monkeypatch.setattr(teachers.Teachers, "_load", watched_load)
+    monkeypatch.setattr(driver, "train_stage", watched)
+    recipe = load_recipe(recipe_file, [f"stages.logits.teacher_cache={cache}"])
+    distill(recipe, teacher=teacher_folder, data=text_file, output=tmp_path / "run", device="cpu")
+    assert alive == {"matrix": [True], "hidden": [True], "logits": [False]}
 
 
 def test_settings_that_cannot_be(refused, cache):

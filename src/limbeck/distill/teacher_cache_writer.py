@@ -122,7 +122,7 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
     """Refuse to go on with what was begun as another cache."""
     begun = next((folder / name for name in (MANIFEST, PLAN) if (folder / name).is_file()), None)
     if begun is None:
-        if other := [path.name for path in folder.iterdir() if path.name != ".lock"]:
+        if other := [path.name for path in folder.glob("[!.]*")]:
             raise LimbeckError(f"{folder} holds {other[0]}", expected="a new folder", hint="another --output")
         write_text(folder / PLAN, _json(plan))
         return

@@ -164,8 +164,9 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`states` are (n, d); returns the loss and its two parts."""
         leaves = [weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)]
-        wanted = [leaf.requires_grad_(learns) for leaf in leaves if leaf is not None]
-        totals: list[Tensor] = [torch.zeros_like(leaf, dtype=wide(leaf).dtype) for leaf in wanted] if learns else []
+        asked = zip(leaves, ctx.needs_input_grad[1:3], strict=True)
+        wanted = [leaf.requires_grad_() for leaf, needs in asked if learns and needs and leaf is not None]
+        totals = [torch.zeros_like(leaf, dtype=wide(leaf[:0]).dtype) for leaf in wanted]
         found, size = [], _chunk(weight.shape[0])
         gradient = torch.empty_like(states) if learns else None
         for start in range(0, states.shape[0], size):
@@ -191,9 +192,9 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Scale what the forward has found by the gradient of the loss."""
-        states, weight, *bias = (saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors)
-        found = (states, weight, bias[0] if bias else None)
-        return *(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)), *[None] * 5
+        found = iter([saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors])
+        states = next(found)
+        return states, *(next(found) if needs else None for needs in ctx.needs_input_grad[1:3]), *[None] * 5
 
 
 def _weighted(logits: Tensor, top: TopK, terms: _Terms) -> tuple[Tensor, Tensor]:
