@@ -178,6 +178,33 @@ def test_prepare(good, good_json, refused, recipe, teacher_folder, text_file, tm
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file(), found
 
 
+@pytest.mark.slow
+def test_prepare_a_teacher(good, good_json, refused, recipe, teacher_folder, text_file, tmp_path):
+    cache = tmp_path / "cache"
+    given = ("prepare", text_file, "--teacher", teacher_folder, "--output", cache, "--device", "cpu", "--top-k", "8")
+    given += ("--sequence-length", "16", "--batch-size", "64")
+    assert "top_k            8\n" in good(*given)
+    made = good_json(*given)
+    assert made == good_json("prepare", "--info", cache)
+    assert (made["sequence_length"], made["temperature"], made["stored"]) == (16, 1.0, "float16")
+    run = (
+        "distill",
+        recipe,
+        "--teacher",
+        teacher_folder,
+        "--data",
+        text_file,
+        "--set",
+        f"stages.logits.teacher_cache={cache}",
+    )
+    good_json(*run, "--output", tmp_path / "run")
+    assert "temperature 1.0" in refused(*run, "--output", tmp_path / "other", "--set", "stages.logits.temperature=3")
+    assert "was begun with top_k = 8" in refused(*given[:-4], "--top-k", "9", *given[-4:])
+    assert "no --output" in refused("prepare", text_file, "--teacher", teacher_folder)
+    assert "2 sources" in refused("prepare", "a", "b", *given[2:])
+    assert "batch_size = 0" in refused(*given, "--batch-size", "0")
+
+
 def test_prepare_with_mistakes(refused, teacher_folder, text_file, tmp_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lines")
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')

@@ -81,7 +81,13 @@ def collate(dataset: Samples, indices: Iterable[int]) -> dict[str, Tensor]:
 
 
 def micro_batches(
-    dataset: Samples, sampler: BatchSampler, micro_batch: int, *, rank: int = 0, size: int = 1
+    dataset: Samples,
+    sampler: BatchSampler,
+    micro_batch: int,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    complete: Callable[[int, np.ndarray, dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> Callable[[int], list[dict[str, Tensor]]]:
     """Bind a dataset and a sampler into what the training loop asks for.
 
@@ -91,6 +97,8 @@ def micro_batches(
         micro_batch: Samples in one forward pass; it divides the samples of a process, see `fitting_micro_batch`.
         rank: Which of several processes this is.
         size: How many there are; each takes an equal, contiguous share of an update's micro-batches.
+        complete: What else belongs in a micro-batch: called with the update's number, the samples, and what `collate`
+            made of them.
 
     Returns:
         A function from an update's number to this process's micro-batches, each as `collate` makes it.
@@ -104,9 +112,13 @@ def micro_batches(
             f"{share} samples of an update in micro-batches of {micro_batch}", expected="a micro_batch that divides it"
         )
 
+    def whole(step: int, indices: np.ndarray) -> dict[str, Tensor]:
+        batch = collate(dataset, indices)
+        return batch if complete is None else batch | complete(step, indices, batch)
+
     def dealt(step: int) -> list[dict[str, Tensor]]:
         own = sampler[step][rank * share : (rank + 1) * share]
-        return [collate(dataset, indices) for indices in own.reshape(-1, micro_batch)]
+        return [whole(step, indices) for indices in own.reshape(-1, micro_batch)]
 
     return dealt
 

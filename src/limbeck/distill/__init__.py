@@ -16,6 +16,8 @@ from limbeck.distill.layerwise import LayerwiseObjective, layer_outputs
 from limbeck.distill.logits import LogitsObjective
 from limbeck.distill.matrix import MatrixObjective
 from limbeck.distill.observe import LayerOutput, LayerSignals, Observation, observe, run_layer
+from limbeck.distill.teacher_cache import TeacherCache, teacher_fingerprint
+from limbeck.distill.teacher_cache_writer import Keeping, write_teacher_cache
 from limbeck.ops.linear_kl_reference import kl_divergence, next_token_loss
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Guide",
     "GuidedStep",
     "HiddenObjective",
+    "Keeping",
     "LayerOutput",
     "LayerSignals",
     "LayerwiseObjective",
@@ -33,6 +36,7 @@ __all__ = [
     "Observation",
     "StageStep",
     "TargetGuide",
+    "TeacherCache",
     "TrajectoryGuide",
     "WaypointGuide",
     "check_vocabularies",
@@ -44,4 +48,6 @@ __all__ = [
     "observe",
     "register_objective",
     "run_layer",
+    "teacher_fingerprint",
+    "write_teacher_cache",
 ]

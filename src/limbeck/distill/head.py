@@ -21,6 +21,7 @@ from limbeck.distill.base import Batch, Losses
 from limbeck.errors import LimbeckError
 from limbeck.ops.linear_kl import Head, linear_kl
 from limbeck.ops.linear_kl_reference import IGNORED, head_logits, losses_of_logits
+from limbeck.ops.linear_top_k_kl import TopK, linear_top_k_kl
 from limbeck.students import LogitForm, plain_head
 
 T = TypeVar("T")
@@ -114,7 +115,7 @@ def _numbers(values: Tensor) -> str:
 
 def head_losses(
     student: Predictions,
-    teacher: Predictions | None,
+    teacher: Predictions | TopK | None,
     batch: Batch,
     *,
     kl_weight: float,
@@ -128,7 +129,8 @@ def head_losses(
 
     Args:
         student: Predictions with their graph.
-        teacher: Those it is to match; None where KL has no weight.
+        teacher: Those it is to match, or what is left of them on disk, at this temperature; None where KL has no
+            weight.
         batch: Its ``labels`` where the cross entropy has a weight; those of padding do not count.
         kl_weight: Weight of KL.
         ce_weight: Weight of the cross entropy.
@@ -139,7 +141,18 @@ def head_losses(
     labels, padding = batch["labels"] if ce_weight else None, batch.get("attention_mask")
     if labels is not None and padding is not None:
         labels = labels.masked_fill(padding == 0, IGNORED)
-    if student.head is not None and (teacher is None or teacher.head is not None):
+    if isinstance(teacher, TopK):
+        losses = linear_top_k_kl(
+            student.states,
+            student.head,
+            teacher,
+            labels=labels,
+            tokens=tokens,
+            kl_weight=kl_weight,
+            ce_weight=ce_weight,
+            temperature=temperature,
+        )
+    elif student.head is not None and (teacher is None or teacher.head is not None):
         losses = linear_kl(
             student.states,
             student.head,

@@ -20,8 +20,10 @@ from limbeck.distill.base import (
     token_mean,
 )
 from limbeck.distill.head import Predictions, head_losses, inputs_of, predict
+from limbeck.distill.teacher_cache import target_of
 from limbeck.errors import LimbeckError, unknown
 from limbeck.ops.linear_kl_reference import IGNORED
+from limbeck.ops.linear_top_k_kl import TopK
 from limbeck.students import attention_of, blocks
 
 Position = Literal["block", "mixer"]
@@ -58,6 +60,8 @@ class LayerwiseObjective(Objective):
         position: ``"block"`` compares block outputs (before the final norm), ``"mixer"`` what stands in the place of
             attention with attention.
         mask: Tokens that count in the distance and KL: all but ``"padding"``, or those with ``"labels"``.
+        cached_vocabulary: How many tokens a teacher knows whose predictions come with batches, from a `TeacherCache`,
+            as long as they do; there is no other teacher then, and none for the layers.
     """
 
     name = "layerwise"
@@ -75,11 +79,13 @@ class LayerwiseObjective(Objective):
         skip_last: int = 1,
         position: Position = "block",
         mask: str = "padding",
+        cached_vocabulary: int | None = None,
     ):
         self.alpha_ce, self.alpha_layer, self.alpha_logits = alpha_ce, alpha_layer, alpha_logits
         self.temperature, self.skip_last = temperature, skip_last
         self.norm, self.distance, self.mask = norm, distance, mask
         self.position: Position = position
+        self.cached_vocabulary = cached_vocabulary
         for option, known in CHOICES.items():
             if getattr(self, option) not in known:
                 raise unknown(f"{option} of layers", getattr(self, option), known)
@@ -104,7 +110,9 @@ class LayerwiseObjective(Objective):
         own: Losses = {}
         targets: dict[int, Tensor] = {}
         target = None
-        if teacher is not None:
+        if self.cached_vocabulary is not None:
+            target = target_of(batch, self.cached_vocabulary)
+        elif teacher is not None:
             targets, target, own = self._follow(teacher, layers, batch)
 
         def losses(found: Predictions) -> Losses:  # called when all blocks have put out
@@ -116,7 +124,7 @@ class LayerwiseObjective(Objective):
     def _losses(
         self,
         found: Predictions,
-        target: Predictions | None,
+        target: Predictions | TopK | None,
         outputs: dict[int, Tensor],
         targets: dict[int, Tensor],
         batch: Batch,

@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 
 from limbeck.distill.base import WHOLE_MODEL, Batch, Losses, Objective, in_own_dtype, register_objective
 from limbeck.distill.head import Predictions, head_losses, inputs_of, predict
+from limbeck.distill.teacher_cache import target_of
 
 
 @register_objective
@@ -19,14 +20,23 @@ class LogitsObjective(Objective):
         kl_weight: Weight of the KL term.
         ce_weight: Weight of the cross entropy against the text itself. With kl_weight 0 this is plain training on
             text, which needs no teacher.
+        cached_vocabulary: How many tokens a teacher knows whose predictions come with the batches, from a
+            `TeacherCache`; None runs the teacher.
     """
 
     name = "logits"
     scope = WHOLE_MODEL
 
-    def __init__(self, temperature: float = 1.0, kl_weight: float = 1.0, ce_weight: float = 0.0):
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        kl_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        cached_vocabulary: int | None = None,
+    ):
         self.temperature, self.kl_weight, self.ce_weight = temperature, kl_weight, ce_weight
-        self.needs_teacher = kl_weight > 0
+        self.cached_vocabulary = cached_vocabulary
+        self.needs_teacher = kl_weight > 0 and cached_vocabulary is None
 
     def trainable(self, student: PreTrainedModel) -> set[str]:
         """Everything."""
@@ -36,7 +46,9 @@ class LogitsObjective(Objective):
         """See the class."""
         inputs = inputs_of(batch)
         target = None
-        if self.kl_weight:
+        if self.cached_vocabulary is not None:
+            target = target_of(batch, self.cached_vocabulary)
+        elif self.kl_weight:
             assert teacher is not None
             with torch.no_grad(), in_own_dtype(teacher):
                 target = predict(teacher, inputs, lambda found: found)

@@ -71,10 +71,10 @@ def linear_kl(
         return linear_kl_reference(hidden_states, head, teacher_states, teacher_head, *terms)
     from limbeck.ops.linear_kl_triton import linear_kl_triton
 
-    dtype = _product_dtype(hidden_states, head)
+    dtype = product_dtype(hidden_states, head)
     teacher_dtype = dtype
     if teacher_states is not None and teacher_head is not None:
-        teacher_dtype = _product_dtype(teacher_states, teacher_head)
+        teacher_dtype = product_dtype(teacher_states, teacher_head)
     with without_autocast(hidden_states):
         return linear_kl_triton(hidden_states, head, teacher_states, teacher_head, *terms, dtype, teacher_dtype)
 
@@ -118,8 +118,12 @@ def _float64(states: Tensor, head: Head, teacher_states: Tensor | None, teacher_
     return any(isinstance(tensor, Tensor) and tensor.dtype == torch.float64 for tensor in tensors)
 
 
-def _product_dtype(states: Tensor, head: Head) -> torch.dtype:
-    """The number type of a head's product: autocast's where it is on, else that of both factors."""
+def product_dtype(states: Tensor, head: Head) -> torch.dtype:
+    """The number type of a head's product: autocast's where it is on, else that of both factors.
+
+    Raises:
+        LimbeckError: They differ.
+    """
     device = states.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -67,14 +67,14 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     """
     common = min(student_logits.shape[-1], teacher_logits.shape[-1])
     student, teacher = (
-        (_wide(logits[..., :common]) / temperature).log_softmax(dim=-1) for logits in (student_logits, teacher_logits)
+        (wide(logits[..., :common]) / temperature).log_softmax(dim=-1) for logits in (student_logits, teacher_logits)
     )
     return F.kl_div(student, teacher, log_target=True, reduction="none").sum(dim=-1)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of `logits` (b, l, v) against `labels` (b, l), mean over those labelled; 0 where none is."""
-    total = F.cross_entropy(_wide(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(wide(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp_min(1)
 
 
@@ -133,5 +133,6 @@ def linear_kl_reference(
     return losses_of_logits(student_logits, teacher_logits, labels, tokens, kl_weight, ce_weight, temperature)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
+    """In float32; float64 stays."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

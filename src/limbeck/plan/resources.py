@@ -20,6 +20,7 @@ from limbeck.plan.shapes import config_of, student_of_shape, teacher_of_shape
 from limbeck.plan.trace import Trace, fake, trace, without_data
 from limbeck.recipes.placement import BYTES_LEARNED, COPY_SHARE, has_companion
 from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe
+from limbeck.recipes.stages import cache_of
 
 PARALLEL = ("auto", "ddp", "fsdp")
 
@@ -247,6 +248,8 @@ def _step(
 
 def _unknown(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     """What the numbers leave out, in sentences."""
+    if any(map(cache_of, recipe.stages.values())):
+        yield "what teacher_cache spares: its stages are planned as if the teacher ran"
     if not has_triton():
         yield "activations, arithmetic and speed: they need the triton package, which there is for Linux"
     if cluster.card is None:

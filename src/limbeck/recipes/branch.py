@@ -24,7 +24,16 @@ FREE_IN_STAGE = {
     *("objective", "target", "kl_weight", "ce_weight", "alpha_ce", "alpha_layer", "alpha_logits", "temperature"),
     *("norm", "distance", "skip_last", "position", "mask", "guidance", "guidance_until", "guidance_until_tokens"),
     "expect",
-    *("teacher", "teacher_lr", "teacher_update_every", "waypoints", "checkpoint_every", "keep_every", "micro_batch"),
+    *(
+        "teacher",
+        "teacher_cache",
+        "teacher_lr",
+        "teacher_update_every",
+        "waypoints",
+        "checkpoint_every",
+        "keep_every",
+        "micro_batch",
+    ),
 }
 
 

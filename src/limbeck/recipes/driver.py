@@ -2,20 +2,21 @@
 
 import gc
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck.data import BatchSampler, Samples, collate, fitting_micro_batch, micro_batches
 from limbeck.devices import environment
-from limbeck.distill import WHOLE_MODEL, GuidedStep, StageStep, make_objective, mixer_parameters
+from limbeck.distill import WHOLE_MODEL, Guide, GuidedStep, StageStep, TeacherCache, make_objective, mixer_parameters
 from limbeck.errors import LimbeckError
 from limbeck.evaluation import agreement, perplexity
 from limbeck.mixers import Mixer
@@ -23,6 +24,7 @@ from limbeck.progress import console, say
 from limbeck.recipes.folder import RunFolder, RunPaths
 from limbeck.recipes.placement import mesh_of
 from limbeck.recipes.schema import AnyStage, EngineTable, LayerwiseStage, Recipe, Stage
+from limbeck.recipes.stages import cache_of
 from limbeck.recipes.teachers import Teachers
 from limbeck.recipes.watching import limits_of, perfect_loss, trackers_of
 from limbeck.students import load_model
@@ -136,7 +138,9 @@ class Driver:
                     step,
                     optimizer,
                     stage=name,
-                    batches=micro_batches(self.samples.training, sampler, micro_batch, **share),
+                    batches=micro_batches(
+                        self.samples.training, sampler, micro_batch, **share, complete=predicted(stage)
+                    ),
                     schedule=stage.learning_rate,
                     total_steps=stage.steps,
                     tokens_per_step=stage.tokens_per_step,
@@ -165,11 +169,15 @@ class Driver:
 
     def _step(self, stage: AnyStage, student: PreTrainedModel) -> tuple[StageStep, Companion | None]:
         """What the stage trains, and what learns beside it."""
-        objective = make_objective(stage.objective, **stage.objective_options())
+        folder, options = cache_of(stage), stage.objective_options()
+        if folder is not None:
+            self.teachers.release()
+            options["cached_vocabulary"] = TeacherCache(folder).vocabulary
+        objective = make_objective(stage.objective, **options)
         if not isinstance(stage, LayerwiseStage):
             teacher = self.teachers.of(stage) if objective.needs_teacher else None
             return StageStep(student, objective, teacher, stage.trainable), None
-        guide, companion = self.teachers.guide(stage)
+        guide, companion = self.teachers.guide(stage) if folder is None else (Guide(), None)
         return GuidedStep(student, objective, guide, stage.trainable), companion
 
     def _sampler(self, name: str) -> BatchSampler:
@@ -189,9 +197,12 @@ class Driver:
         )
 
     def _evaluate(self, stage: AnyStage, step: StageStep) -> Mapping[str, float]:
-        """Held-out loss and perplexity, and the distance from the teacher that is followed, if any is."""
+        """Held-out loss and perplexity, and the distance from the teacher that is followed, if one is there."""
         batches = held_out_batches(self.samples.held_out, self.recipe)
-        teacher = step.guide.teacher if isinstance(step, GuidedStep) else self.teachers.of(stage)
+        if isinstance(step, GuidedStep):
+            teacher = step.guide.teacher
+        else:  # a cache spares the teacher altogether, and holds nothing of what is held out
+            teacher = self.teachers.of(stage) if cache_of(stage) is None else None
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             found = perplexity(step.student, batches)
             figures = {"loss": found.nll, "perplexity": found.perplexity}
@@ -224,6 +235,14 @@ class Driver:
             self.run.publish(index, name, write, **facts)
 
         self.world.first(publish)
+
+
+def predicted(stage: AnyStage) -> Callable[[int, np.ndarray, dict[str, Tensor]], dict[str, Tensor]] | None:
+    """What a stage's teacher cache adds to its micro-batches, in the updates that are guided; None without a cache."""
+    if (folder := cache_of(stage)) is None:
+        return None
+    cache = TeacherCache(folder)
+    return lambda step, indices, batch: cache.rows(indices, batch) if step < stage.guided_steps else {}
 
 
 def optimizer_of(step: StageStep, stage: Stage) -> torch.optim.AdamW:

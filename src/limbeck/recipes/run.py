@@ -9,6 +9,7 @@ from limbeck.errors import LimbeckError
 from limbeck.files import write_text
 from limbeck.progress import say
 from limbeck.recipes.branch import branch, check_branch, find_origin
+from limbeck.recipes.cached import cache_identities, check_caches
 from limbeck.recipes.driver import CONVERTED, Driver, RunSamples
 from limbeck.recipes.folder import RunFolder, RunPaths
 from limbeck.recipes.given import check_conversion, check_student, given_sources, identity_of, needed
@@ -87,6 +88,8 @@ def distill(
     else:
         check_conversion(teacher_config, recipe)
     identity = identity_of(recipe, teacher, student, tokenizer, sources, check_further_teachers(recipe, teacher_config))
+    if caches := cache_identities(recipe):
+        identity["teacher_caches"] = caches
     start = None if origin is None else find_origin(origin)
     if start is not None:
         check_branch(start, recipe, identity)
@@ -101,7 +104,8 @@ def distill(
         run = RunFolder(output, identity, accept_changes=accept_changes)
         with run.preparing():
             write_text(run.path / "recipe.toml", to_toml(recipe))
-            _samples(run, recipe, tokenizer or teacher, sources, vocabulary)
+            read = _samples(run, recipe, tokenizer or teacher, sources, vocabulary)
+            check_caches(recipe, teacher, read.training, len(sources))
             if start is not None:
                 branch(start, run)
             if not run.finished(0, CONVERTED):

@@ -220,12 +220,14 @@ class LogitsStage(Stage):
         temperature: Softens both distributions.
         kl_weight: Weight of the divergence from the teacher.
         ce_weight: Weight of the cross entropy against the text itself.
+        teacher_cache: Folder with the teacher's predictions, of ``limbeck prepare --teacher``, instead of the teacher.
     """
 
     objective: Literal["logits"]
     temperature: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     kl_weight: Rate = 1.0
     ce_weight: Rate = 0.0
+    teacher_cache: str | None = None
 
     def objective_options(self) -> dict[str, Any]:
         """What the stage's objective is made with."""
@@ -242,6 +244,8 @@ class LogitsStage(Stage):
             raise LimbeckError(
                 "kl_weight and ce_weight are both 0", expected="a loss", hint="kl_weight = 1.0, the default"
             )
+        if self.teacher_cache is not None and not self.kl_weight:
+            raise LimbeckError("teacher_cache with kl_weight 0", expected="a loss that reads it")
         return self
 
 
@@ -264,6 +268,8 @@ class LayerwiseStage(Stage):
         teacher_lr: Peak learning rate of the teacher that is fine-tuned alongside.
         teacher_update_every: It is updated in every so many-th update of the student.
         waypoints: Checkpoints to walk through: a folder of them, or a list; spread evenly over the guided updates.
+        teacher_cache: Folder with the target's predictions, of ``limbeck prepare --teacher``, instead of the teacher;
+            for ``alpha_logits`` alone, since it holds no layers.
     """
 
     objective: Literal["layerwise"]
@@ -282,6 +288,7 @@ class LayerwiseStage(Stage):
     teacher_lr: LearningRate | None = None
     teacher_update_every: Count = 1
     waypoints: Names | None = None
+    teacher_cache: str | None = None
 
     amounts: ClassVar[tuple[str, ...]] = (*Stage.amounts, "guidance_until")
 
@@ -327,6 +334,12 @@ class LayerwiseStage(Stage):
             )
         if self.waypoints is not None and self.guidance != "waypoint":
             raise refuse(f"waypoints with guidance = {self.guidance!r}", 'guidance = "waypoint"')
+        if self.teacher_cache is not None and (self.guidance != "target" or self.alpha_layer or not self.alpha_logits):
+            raise refuse(
+                f"teacher_cache with guidance = {self.guidance!r}, alpha_layer = {self.alpha_layer}, "
+                f"alpha_logits = {self.alpha_logits}",
+                'guidance = "target", alpha_layer = 0 and alpha_logits above 0: it holds no layers, and one teacher',
+            )
         return self
 
 
@@ -337,5 +350,11 @@ STAGES: Mapping[str, type[Stage]] = MappingProxyType(
 
 SCOPES: Mapping[str, int] = MappingProxyType({"matrix": 0, "hidden": 1, "logits": 2, "layerwise": 2})
 """What each objective sees: one matrix, one layer, the whole network. Over a recipe it never shrinks."""
+
+
+def cache_of(stage: Stage) -> str | None:
+    """The teacher cache that a stage reads, or None."""
+    return stage.teacher_cache if isinstance(stage, LogitsStage | LayerwiseStage) else None
+
 
 AnyStage = Annotated[MatrixStage | HiddenStage | LogitsStage | LayerwiseStage, Field(discriminator="objective")]

@@ -38,6 +38,10 @@ class Teachers:
             self._kept = (source, self._load(source))
         return self._kept[1]
 
+    def release(self) -> None:
+        """Let the frozen teacher of an earlier stage go: the next one reads a cache."""
+        self._kept = None
+
     def _load(self, source: str) -> PreTrainedModel:
         """A frozen teacher; only its backbone and its head are called as such, so they are what is gathered last."""
         if self.mesh is None:
