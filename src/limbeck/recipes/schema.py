@@ -120,8 +120,6 @@ class EngineTable(Table):
         shard_size: Processes that share one copy; left out, all.
         async_save: Whether training goes on while a checkpoint is written; left out, on a GPU.
         keep_last: How many of the last checkpoints are kept.
-        compile_teacher: Whether the teacher is compiled.
-        offload_teacher: Whether the teacher lies in the host's memory while it is not needed.
         max_nonfinite: After so many updates in a row that are not finite the run stops.
         log_every: Updates whose figures are fetched from a GPU together.
     """
@@ -130,8 +128,6 @@ class EngineTable(Table):
     shard_size: Count | None = None
     async_save: bool | None = None
     keep_last: Count = 2
-    compile_teacher: bool = False
-    offload_teacher: bool = False
     max_nonfinite: Count = 10
     log_every: Count = 10
 
