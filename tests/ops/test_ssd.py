@@ -204,6 +204,17 @@ def test_number_types():
     assert torch.equal(under_autocast, ssd(x, log_decay, B, C)), "autocast must not narrow the products"
 
 
+def test_autocast_changes_nothing_on_the_way_back():
+    inputs = random_inputs(70, dtype=torch.float32)
+
+    def gradients():
+        return torch.autograd.grad(ssd(*inputs[:4], initial_state=inputs[4]).square().sum(), inputs)
+
+    expected = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(one, other) for one, other in zip(gradients(), expected, strict=True))
+
+
 def test_bad_input_is_told():
     x, log_decay, B, C, state = (tensor.detach() for tensor in random_inputs(8))
     cases = [

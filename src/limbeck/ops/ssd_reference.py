@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from limbeck.ops.checks import without_autocast
+
 
 def ssd_recurrent(
     x: Tensor,
@@ -157,38 +159,44 @@ class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, B, C, M, states, within, to_end, from_start = ctx.saved_tensors
-        c, (b, h, p, n) = len(states) - 1, states.shape[1:]
-        dy = _to_chunks(dy, x.shape[1])  # (N, q, p)
-        # 3. The state that enters a chunk, as its tokens read it.
-        entering = states[:-1].view(-1, p, n)
-        read = C * from_start  # (N, q, n)
-        dread = torch.bmm(dy, entering)
-        dfrom_start = torch.linalg.vecdot(dread, read)  # (N, q), with respect to the logarithm, as all of these
-        dC = dread.mul_(from_start)
-        # 2. From chunk to chunk, backwards; then what each chunk added.
-        dstates = torch.empty_like(states)
-        dstates[c] = dstate
-        torch.bmm(dy.mT, read, out=dstates[:-1].view(-1, p, n))
-        across = from_start[:, -1].view(c, b, h, 1, 1)
-        for i in reversed(range(c)):
-            dstates[i].addcmul_(dstates[i + 1], across[i])
-        dadded = dstates[1:].view(-1, p, n)
-        dfrom_start[:, -1] += torch.linalg.vecdot(dadded.flatten(1), entering.flatten(1)) * from_start[:, -1, 0]
-        written = x * to_end  # (N, q, p)
-        dB = torch.bmm(written, dadded)
-        dx = torch.bmm(B, dadded.mT)
-        dto_end = torch.linalg.vecdot(dx, written)  # (N, q)
-        dx.mul_(to_end)
-        # 1. Within chunks.
-        dx.baddbmm_(M.mT, dy)
-        dM = torch.bmm(dy, x.mT)  # (N, q, q)
-        dlog_decay = _log_decay_gradient(dM * M, dto_end, dfrom_start)  # (N, q)
-        dscores = dM.mul_(within)
-        dC.baddbmm_(dscores, B)
-        dB.baddbmm_(dscores.mT, C)
-        dx, dB, dC, dlog_decay = (_from_chunks(t, b, h) for t in (dx, dB, dC, dlog_decay[..., None]))
-        return dx, dlog_decay.squeeze(-1), dB, dC, dstates[0], None, None
+        with without_autocast(dy):  # backward may be called where autocast is on, and products must stay wide
+            return *_gradients(ctx.saved_tensors, dy, dstate), None, None
+
+
+def _gradients(saved: tuple[Tensor, ...], dy: Tensor, dstate: Tensor) -> tuple[Tensor, ...]:
+    """Of x, log_decay, B, C and the initial state: the three steps of the forward, backwards."""
+    x, B, C, M, states, within, to_end, from_start = saved
+    c, (b, h, p, n) = len(states) - 1, states.shape[1:]
+    dy = _to_chunks(dy, x.shape[1])  # (N, q, p)
+    # 3. The state that enters a chunk, as its tokens read it.
+    entering = states[:-1].view(-1, p, n)
+    read = C * from_start  # (N, q, n)
+    dread = torch.bmm(dy, entering)
+    dfrom_start = torch.linalg.vecdot(dread, read)  # (N, q), with respect to the logarithm, as all of these
+    dC = dread.mul_(from_start)
+    # 2. From chunk to chunk, backwards; then what each chunk added.
+    dstates = torch.empty_like(states)
+    dstates[c] = dstate
+    torch.bmm(dy.mT, read, out=dstates[:-1].view(-1, p, n))
+    across = from_start[:, -1].view(c, b, h, 1, 1)
+    for i in reversed(range(c)):
+        dstates[i].addcmul_(dstates[i + 1], across[i])
+    dadded = dstates[1:].view(-1, p, n)
+    dfrom_start[:, -1] += torch.linalg.vecdot(dadded.flatten(1), entering.flatten(1)) * from_start[:, -1, 0]
+    written = x * to_end  # (N, q, p)
+    dB = torch.bmm(written, dadded)
+    dx = torch.bmm(B, dadded.mT)
+    dto_end = torch.linalg.vecdot(dx, written)  # (N, q)
+    dx.mul_(to_end)
+    # 1. Within chunks.
+    dx.baddbmm_(M.mT, dy)
+    dM = torch.bmm(dy, x.mT)  # (N, q, q)
+    dlog_decay = _log_decay_gradient(dM * M, dto_end, dfrom_start)  # (N, q)
+    dscores = dM.mul_(within)
+    dC.baddbmm_(dscores, B)
+    dB.baddbmm_(dscores.mT, C)
+    dx, dB, dC, dlog_decay = (_from_chunks(t, b, h) for t in (dx, dB, dC, dlog_decay[..., None]))
+    return dx, dlog_decay.squeeze(-1), dB, dC, dstates[0]
 
 
 _FLOOR = {torch.float32: (-110.0, 1e-30), torch.float64: (-750.0, 1e-300)}
