@@ -119,6 +119,7 @@ def test_a_piece_that_nobody_reads_counts_for_nothing(poisoned):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_operators_keep_torchs_rules():
     inputs, drawn = draw(3, b=1, widths=(3, 5), state=True, documents=True, padding=True)
     inputs = [tensor.float().nan_to_num().requires_grad_() for tensor in inputs]

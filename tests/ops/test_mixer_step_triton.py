@@ -105,6 +105,7 @@ def test_gradients_go_through_the_reference():
     torch.testing.assert_close(gradients("triton"), gradients("reference"), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_operators_keep_torchs_rules():
     inputs, mask = draw(b=1, h=2, g=1, padding=True)
     tensors = [tensor.float() for tensor in inputs]

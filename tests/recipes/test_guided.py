@@ -227,8 +227,10 @@ def test_mixers_learn_alone_before_the_release(finished):
 
 MOMENTS = [
     ("trajectory", "os.rename checkpoints/step-00000004"),
-    ("hybrid", "os.rename checkpoints/step-00000005"),  # at the switch: not yet saved
-    ("waypoint", "os.rename checkpoints/step-00000006"),
+    pytest.param(
+        "hybrid", "os.rename checkpoints/step-00000005", marks=pytest.mark.slow
+    ),  # at the switch: not yet saved
+    pytest.param("waypoint", "os.rename checkpoints/step-00000006", marks=pytest.mark.slow),
     *(
         pytest.param(mode, f"os.rename checkpoints/step-{step:08d}", marks=pytest.mark.slow)
         for mode, step in [
