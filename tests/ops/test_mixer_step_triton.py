@@ -1,5 +1,7 @@
 """The kernel of `mixer_step` against its reference: in Triton's interpreter on a CPU, against float64 on a GPU."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -107,6 +109,7 @@ def test_gradients_go_through_the_reference():
 
 @pytest.mark.slow
 def test_the_operators_keep_torchs_rules():
+    importlib.import_module("limbeck.ops.mixer_step_triton")  # registers them
     inputs, mask = draw(b=1, h=2, g=1, padding=True)
     tensors = [tensor.float() for tensor in inputs]
     torch.library.opcheck(torch.ops.limbeck.mixer_step_in_place.default, (*tensors, mask, True))
