@@ -20,8 +20,7 @@ import torch
 
 from limbeck.distill import GuidedStep, StageStep
 from limbeck.recipes.driver import optimizer_of
-from limbeck.students import backbone, blocks
-from limbeck.training import World, shard, shard_step
+from limbeck.training import World, shard_step, shard_teacher
 from limbeck.training.parallel import Replicas
 from limbeck.training.update import accumulate, apply
 from plan import LENGTH, recipe_of, step_of
@@ -51,8 +50,7 @@ def spread(step: StageStep, world: World) -> None:
     mesh = world.mesh()
     teacher = step.guide.teacher if isinstance(step, GuidedStep) else step.teacher
     if teacher is not None:
-        outer = [backbone(teacher), teacher.get_output_embeddings()]
-        shard(teacher, [*blocks(teacher), *outer], mesh, stay_gathered=outer)
+        shard_teacher(teacher, mesh)
     shard_step(step, mesh)
 
 

@@ -12,7 +12,7 @@ from limbeck.recipes.schema import Recipe, SourceTable
 from limbeck.students import check_files, family_of, load_config, student_config
 from limbeck.students.families import STUDENT_PREFIX
 
-FREE = dict.fromkeys(("description", "evaluation", "engine", "tracking"), True)
+FREE = ("description", "evaluation", "engine", "tracking")
 """Parts of a recipe that a run may resume without, or with others."""
 
 

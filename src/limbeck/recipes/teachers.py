@@ -12,8 +12,8 @@ from limbeck.distill import Guide, TargetGuide, TrajectoryGuide, WaypointGuide, 
 from limbeck.errors import LimbeckError
 from limbeck.recipes.given import checkpoint_identity
 from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe
-from limbeck.students import backbone, blocks, load_config, load_model
-from limbeck.training import Companion, make_adamw, make_schedule, parameter_groups, shard
+from limbeck.students import blocks, load_config, load_model
+from limbeck.training import Companion, make_adamw, make_schedule, parameter_groups, shard, shard_teacher
 
 
 class Teachers:
@@ -43,12 +43,11 @@ class Teachers:
         self._kept = None
 
     def _load(self, source: str) -> PreTrainedModel:
-        """A frozen teacher; only its backbone and its head are called as such, so they are what is gathered last."""
+        """A frozen teacher."""
         if self.mesh is None:
             return load_model(source, dtype=self.dtype, device=self.device)
         teacher = load_model(source, dtype=self.dtype)
-        outer = [backbone(teacher), teacher.get_output_embeddings()]
-        shard(teacher, [*blocks(teacher), *outer], self.mesh, stay_gathered=outer)
+        shard_teacher(teacher, self.mesh)
         return teacher
 
     def _load_to_learn(self, source: str) -> PreTrainedModel:

@@ -5,7 +5,7 @@ from limbeck.training.distributed import World
 from limbeck.training.guards import Limits
 from limbeck.training.loop import StageResult, TrainingInterrupted, train_stage
 from limbeck.training.optim import GroupSummary, learning_summary, learning_table, make_adamw, parameter_groups
-from limbeck.training.parallel import is_sharded, settle, shard, shard_step, whole_weights
+from limbeck.training.parallel import is_sharded, settle, shard, shard_step, shard_teacher, whole_weights
 from limbeck.training.schedule import Schedule, make_schedule
 from limbeck.training.store import TrainingState, read_state
 from limbeck.training.trackers import Trackers, check_trackers, open_trackers
@@ -41,6 +41,7 @@ __all__ = [
     "settle",
     "shard",
     "shard_step",
+    "shard_teacher",
     "train_stage",
     "whole_weights",
 ]

@@ -16,8 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from limbeck.distill import StageStep
+from limbeck.students import backbone, blocks
 from limbeck.training.distributed import World
 
 # Nobody changes in place what a part of a model returns, be it a view or not.
@@ -53,6 +55,12 @@ def shard(
             if tied.isdisjoint(map(id, piece.parameters())):
                 fully_shard(piece, mesh=mesh, reshard_after_forward=True)
         model.to(mesh.device_type)  # what is tied stays whole
+
+
+def shard_teacher(teacher: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Spread a frozen teacher, in place; only its backbone and its head are called as such, so they stay gathered."""
+    outer = [backbone(teacher), teacher.get_output_embeddings()]
+    shard(teacher, [*blocks(teacher), *outer], mesh, stay_gathered=outer)
 
 
 def shard_step(step: StageStep, mesh: DeviceMesh) -> None:
