@@ -1,8 +1,8 @@
 """Tokens from tokens: the prompt in one pass, then one token after another.
 
 A token's work is the model's own forward with a cache at fixed addresses, then the choice of the next token. Shapes
-are the same every time, and nothing looks at a number: so on a GPU the work is captured once, as a CUDA graph, and
-replayed, and on a CPU its torch calls are written down once and made again without the modules around them.
+are the same every time, and nothing looks at a number: so its torch calls are written down once and made again without
+the modules around them, on a GPU fused into fewer, and captured as a CUDA graph.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from limbeck.generation.fusion import fuse
 from limbeck.generation.masks import DecodingMasks
 from limbeck.generation.sampling import Sampling, choose
 from limbeck.generation.tape import LookedAtNumbersError, Tape
+from limbeck.ops.backends import has_triton
 from limbeck.students import FAMILIES, StudentCache
 from limbeck.students.cache import FixedCache
 from limbeck.students.families import STUDENT_PREFIX
@@ -59,7 +61,7 @@ class Decoder:
     Attributes:
         output: (b, max_new_tokens) int64, what was added so far, padded.
         graph: The graph, once it is captured.
-        tape: On a CPU the calls, once they are written down.
+        tape: The calls, once they are written down.
     """
 
     @_plain_tensors()
@@ -81,8 +83,10 @@ class Decoder:
         self.generator, self.pad, self.max_new_tokens = generator, pad, max_new_tokens
         device, rows = input_ids.device, input_ids.shape[0]
         on_gpu = device.type == "cuda"
-        self.wants_graph = on_gpu and not _turns_with_length(model) if graph is None else graph
-        self.wants_tape = not on_gpu and max_new_tokens >= WORTH_A_TAPE
+        turns = on_gpu and _turns_with_length(model)
+        self.wants_graph = on_gpu and not turns if graph is None else graph
+        self.wants_tape = not turns if on_gpu else max_new_tokens >= WORTH_A_TAPE
+        self.rewrite = fuse if on_gpu and has_triton() else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.tape: Tape | None = None
         self._work: Callable[[], Tensor] = self._advance
@@ -169,11 +173,12 @@ class Decoder:
         inputs = [self.token, self.positions, *held, *masks]
 
         def written_down() -> Tensor:
-            before = [tensor.clone() for tensor in held]
+            states = self.cache.states()  # masks, keys and values would only be written again
+            before = [tensor.clone() for tensor in states]
             try:
-                self.tape = Tape(self._advance, inputs)
+                self.tape = Tape(self._advance, inputs, self.rewrite)
             except LookedAtNumbersError:
-                for tensor, old in zip(held, before, strict=True):
+                for tensor, old in zip(states, before, strict=True):
                     tensor.copy_(old)  # it stopped halfway
                 self._work = self._advance
                 return self._advance()

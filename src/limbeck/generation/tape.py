@@ -31,10 +31,10 @@ class _Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self.constants: list[Tensor] = []
         self.nodes: dict[int, fx.Node] = {}
-        self.alive: list[Tensor] = list(inputs)  # an id is a tensor's as long as it lives
-        self.changes: set[fx.Node] = set()
+        self.met: list[tuple[fx.Node, Tensor, int]] = []  # with versions; an id is a tensor's as long as it lives
         for number, tensor in enumerate(inputs):
-            self.nodes[id(tensor)] = self.last_placeholder = self.graph.placeholder(f"input_{number}")
+            self.last_placeholder = self.graph.placeholder(f"input_{number}")
+            self._meet(self.last_placeholder, tensor)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,8 +67,7 @@ class _Recorder(TorchFunctionMode):
         if getattr(func, "__name__", "") == "__get__":  # a property, such as x.mT
             func, args = getattr, (*args[:1], func.__self__.__name__)
         node = self.graph.call_function(func, args, kwargs)
-        if changed:
-            self.changes.add(node)
+        node.meta["changes"] = changed
         self._name(node, result)
 
     def _node(self, leaf: Any) -> Any:
@@ -78,29 +77,38 @@ class _Recorder(TorchFunctionMode):
         if id(leaf) not in self.nodes:
             with self.graph.inserting_after(self.last_placeholder):
                 self.last_placeholder = self.graph.placeholder(f"constant_{len(self.constants)}")
-            self.nodes[id(leaf)] = self.last_placeholder
             self.constants.append(leaf)
-            self.alive.append(leaf)
+            self._meet(self.last_placeholder, leaf)
         return self.nodes[id(leaf)]
 
     def _name(self, node: fx.Node, result: Any) -> None:
         if isinstance(result, Tensor):
             if id(result) not in self.nodes:  # else it was changed in place and is the same one
-                self.nodes[id(result)] = node
-                self.alive.append(result)
+                self._meet(node, result)
         elif isinstance(result, tuple | list):
             for number, part in enumerate(result):
                 if isinstance(part, Tensor | tuple | list):
                     self._name(self.graph.call_function(getitem, (node, number)), part)
 
+    def _meet(self, node: fx.Node, tensor: Tensor) -> None:
+        self.nodes[id(tensor)] = node
+        self.met.append((node, tensor, _version(tensor)))
+
     def finish(self, output: Tensor) -> fx.Graph:
-        """Leave out what nobody uses."""
+        """Say of every tensor its shape, its dtype and whether it stayed as it was, and leave out what nobody uses."""
+        for node, tensor, version in self.met:
+            node.meta |= {"shape": tensor.shape, "dtype": tensor.dtype, "steady": _version(tensor) == version}
         self.graph.output(self._node(output))
-        for node in reversed(list(self.graph.nodes)):
-            if node.op == "call_function" and not node.users and node not in self.changes:
-                self.graph.erase_node(node)
-        self.graph.lint()
+        prune(self.graph)
         return self.graph
+
+
+def prune(graph: fx.Graph) -> None:
+    """Leave out the calls whose results nobody uses and that change nothing."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not node.meta.get("changes"):
+            graph.erase_node(node)
+    graph.lint()
 
 
 def _tensors(nested: Any) -> Iterator[Tensor]:
@@ -125,6 +133,7 @@ class Tape:
     Args:
         function: From the inputs to one tensor; it may change tensors in place. It is called once.
         inputs: Tensors; those of later calls have their shapes. All others that the function meets count as weights.
+        rewrite: Changes the calls, as a graph, before they are made again, to others that do the same.
 
     Attributes:
         output: What that call returned.
@@ -133,11 +142,18 @@ class Tape:
         LookedAtNumbersError: The function depends on what is in a tensor.
     """
 
-    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]):
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        rewrite: Callable[[fx.Graph], None] | None = None,
+    ):
         recorder = _Recorder(inputs)
         with recorder:
             self.output = function(*inputs)
         graph = recorder.finish(self.output)
+        if rewrite is not None:
+            rewrite(graph)
         self.weights = recorder.constants
         self.code = fx.GraphModule(torch.nn.Module(), graph)
         self._calls: Callable[..., Tensor] = self.code.forward

@@ -108,7 +108,8 @@ def linear_sum(
 
         return linear_sum_triton(inputs, layers, residual)
     with without_autocast(x):
-        return linear_sum_reference(*_to((inputs, layers, residual), wide_dtype(x))).to(x.dtype)
+        inputs, layers, residual = _to((inputs, layers, residual), wide_dtype(x))
+        return linear_sum_reference(inputs, layers, residual).to(x.dtype)
 
 
 def sum_norm(
@@ -143,8 +144,9 @@ def sum_norm(
         from limbeck.ops.few_rows_triton import sum_norm_triton
 
         return sum_norm_triton(terms, norms, kind, eps)
-    outs = sum_norm_reference(*_to((terms, norms), wide_dtype(terms[0])), kind, eps)
-    return tuple(out.to(terms[0].dtype) for out in outs)
+    wide, dtype = wide_dtype(terms[0]), terms[0].dtype
+    outs = sum_norm_reference(_to(terms, wide), _to(norms, wide), kind, eps)
+    return tuple(out.to(dtype) for out in outs)
 
 
 def _named(i: int, layer: Linear, m: str | None = None, k: str = "k") -> dict[str, tuple[Tensor, str]]:

@@ -42,8 +42,8 @@ def norm_linears_reference(x: Tensor, layers: Sequence[Linear], kind: str, eps: 
 
 def linear_sum_reference(inputs: Sequence[Tensor], layers: Sequence[Linear], residual: Tensor | None) -> Tensor:
     """x_0 · W_0ᵀ + bias_0 + x_1 · W_1ᵀ + bias_1 + residual: see `limbeck.ops.linear_sum`. All of one dtype."""
-    total = sum(F.linear(x, layer.weight, layer.bias) for x, layer in zip(inputs, layers, strict=True))
-    return total if residual is None else total + residual
+    terms = [F.linear(x, layer.weight, layer.bias) for x, layer in zip(inputs, layers, strict=True)]  # (r, m) each
+    return torch.stack(terms if residual is None else [*terms, residual]).sum(0)
 
 
 def sum_norm_reference(terms: Sequence[Tensor], norms: Sequence[Norm], kind: str, eps: float) -> tuple[Tensor, ...]:

@@ -233,6 +233,11 @@ class FixedCache(StudentCache):
         pairs = ((x.state or ()) if isinstance(x, RecurrentLayer) else (x.keys, x.values) for x in layers)
         return [self.position, *chain.from_iterable(pairs)]
 
+    def states(self) -> list[Tensor]:
+        """Those of `tensors` that a token's work replaces by what follows from them."""
+        layers: list[Any] = self.layers
+        return [*chain.from_iterable(layer.state or () for layer in layers if isinstance(layer, RecurrentLayer))]
+
 
 def cache_bytes(cache: Cache) -> int:
     """How much memory a cache holds: of a student's or a teacher's layers, whatever they keep of each tensor alive.
