@@ -24,6 +24,7 @@ WIDEST = [  # cases that hold every kernel once, each at about the most shared m
     "mixer_step:bf16 widest",
     "selective_scan:bf16 n 64",
     "linear_kl:bf16 kl ce bias softcap",
+    "one_row:bf16 Phi-1.5",
 ]
 
 

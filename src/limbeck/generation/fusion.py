@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from limbeck.generation.tape import prune
-from limbeck.ops.few_rows import MOST_ROWS, WIDEST_NORM, Linear, Norm, linear_sum, norm_linears, sum_norm
+from limbeck.ops.one_row import WIDEST_NORM, Linear, Norm, linear_sum, norm_linears, sum_norm
 
 Node = Any
 """An `fx.Node`: what it has for arguments can be anything."""
@@ -136,13 +136,13 @@ def _is_weight(node: Any) -> bool:
 
 
 def _is_linear(node: Any) -> bool:
-    """Whether it is a linear layer of a few rows that change nowhere."""
+    """Whether it is a linear layer of one row that changes nowhere."""
     if node.target is not F.linear or node.kwargs or not _is_weight(node.args[1]):
         return False
     x, weight, *bias = node.args
     rows = prod(x.meta["shape"][:-1])
     fits = x.meta["dtype"] == weight.meta["dtype"] and all(b is None or _is_weight(b) for b in bias)
-    return fits and x.meta["steady"] and rows <= MOST_ROWS
+    return fits and x.meta["steady"] and rows == 1
 
 
 def _weight_and_bias(linear: Node) -> tuple[Node, Node | None]:

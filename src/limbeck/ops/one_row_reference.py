@@ -1,4 +1,4 @@
-"""Linear layers, norms and sums of a few rows in readable torch."""
+"""Linear layers, and the norms and sums between them, in readable torch."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""Linear layers, norms and sums of a few rows: what one token's work consists of, besides the mixers' steps.
+"""Linear layers of one row, and the norms and sums between them: a token's work, besides the mixers' steps.
 
     norm_linears    activation(norm(x) · Wᵀ + bias), for every layer that reads x
     linear_sum      x_0 · W_0ᵀ + bias_0 + x_1 · W_1ᵀ + bias_1 + residual
@@ -6,7 +6,7 @@
 
 At one token the launches, and what stands between two products, cost as much as the products, so each of these is one
 operator. They are for generation: no gradients. This is the door: shapes, number types, the choice of backend. The
-computation is in `few_rows_reference.py`, readable, and in `few_rows_triton.py`, for CUDA.
+computation is in `one_row_reference.py`, readable, and in `one_row_triton.py`, for CUDA.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from limbeck.errors import LimbeckError
 from limbeck.ops.backends import choose_backend
 from limbeck.ops.checks import check_shapes, wide_dtype, without_autocast
-from limbeck.ops.few_rows_reference import (
+from limbeck.ops.one_row_reference import (
     ACTIVATIONS,
     Linear,
     Norm,
@@ -28,8 +28,6 @@ from limbeck.ops.few_rows_reference import (
     sum_norm_reference,
 )
 
-MOST_ROWS = 4
-"""From more rows on, torch's own products are as fast."""
 WIDEST_NORM = 16384
 """The widest row that `sum_norm`'s kernel takes."""
 
@@ -66,7 +64,7 @@ def norm_linears(
         tensors |= _named(i, layer)
     rows = check_shapes("norm_linears", tensors)["r"]
     if choose_backend("norm_linears", backend, x, _too_many(rows)) == "triton":
-        from limbeck.ops.few_rows_triton import norm_linears_triton
+        from limbeck.ops.one_row_triton import norm_linears_triton
 
         return norm_linears_triton(x, layers, kind, eps)
     with without_autocast(x):
@@ -104,7 +102,7 @@ def linear_sum(
     rows = check_shapes("linear_sum", tensors)["r"]
     x = inputs[0]
     if choose_backend("linear_sum", backend, x, _too_many(rows)) == "triton":
-        from limbeck.ops.few_rows_triton import linear_sum_triton
+        from limbeck.ops.one_row_triton import linear_sum_triton
 
         return linear_sum_triton(inputs, layers, residual)
     with without_autocast(x):
@@ -141,7 +139,7 @@ def sum_norm(
     width = check_shapes("sum_norm", tensors)["k"]
     unsupported = f"rows of {width}" if width > WIDEST_NORM else None
     if choose_backend("sum_norm", backend, terms[0], unsupported) == "triton":
-        from limbeck.ops.few_rows_triton import sum_norm_triton
+        from limbeck.ops.one_row_triton import sum_norm_triton
 
         return sum_norm_triton(terms, norms, kind, eps)
     wide, dtype = wide_dtype(terms[0]), terms[0].dtype
@@ -164,7 +162,8 @@ def _named_norm(i: int, norm: Norm, k: str) -> dict[str, tuple[Tensor, str]]:
 
 
 def _too_many(rows: int) -> str | None:
-    return f"{rows} rows" if rows > MOST_ROWS else None
+    """For more rows torch's own products are the faster ones."""
+    return f"{rows} rows" if rows > 1 else None
 
 
 def _to(tree: Any, dtype: torch.dtype) -> Any:

@@ -1,9 +1,9 @@
-"""Linear layers of a few rows in Triton: what one token's work consists of, besides the mixers' steps.
+"""Linear layers of one row, and the norms and sums between them, in Triton.
 
-A product of a few rows reads its weights once and does little with them, so it takes as long as the reading, if enough
-is asked for at once and nothing stands between one product and the next. A program has a few rows of the weights and
-all of the inputs; what comes before a product (the norm of its input) and after it (bias, activation, the sum with what
-runs beside it and past it) is done by the same program. Products that read the same input share one launch.
+A product of one row reads its weights once and does little with them, so it takes as long as the reading, if enough is
+asked for at once and nothing stands between one product and the next. A program has a few rows of the weights and all
+of the input; what comes before a product (the norm of its input) and after it (bias, activation, the sum with what runs
+beside it and past it) is done by the same program. Products that read the same row share one launch.
 
 Where the card can (`sm_90`), a kernel starts while the one before it still runs, and fetches its first weights before
 it waits for that one's output.
@@ -13,7 +13,7 @@ it waits for that one's output.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -22,22 +22,21 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from limbeck.ops.cards import card_of
-from limbeck.ops.few_rows_reference import Linear, Norm
 from limbeck.ops.inputs import whole_or
+from limbeck.ops.one_row_reference import Linear, Norm
 
 
 @triton.jit
 def _weights(w_ptr, m, inside, k, K: tl.constexpr):
-    """A tile of weights, (1, BM, BK): each is read once in the whole kernel."""
-    at, here = m[None, :, None] * K + k[None, None, :], inside[None, :, None] & (k < K)[None, None, :]
+    """A tile of weights, (BM, BK): each is read once in the whole kernel."""
+    at, here = m[:, None] * K + k[None, :], inside[:, None] & (k < K)[None, :]
     return tl.load(w_ptr + at, mask=here, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _inputs(x_ptr, r, k, R: tl.constexpr, K: tl.constexpr):
-    """A tile of inputs, (BR, 1, BK), in float32."""
-    at, here = r[:, None, None] * K + k[None, None, :], (r < R)[:, None, None] & (k < K)[None, None, :]
-    return tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32)
+def _wide(ptr, k, K: tl.constexpr):
+    """A part of a row, (BK,), in float32."""
+    return tl.load(ptr + k, mask=k < K, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -54,96 +53,93 @@ def _activated(y, ACTIVATION: tl.constexpr):
 @triton.jit
 def _normed_product(
     x_ptr, gamma_ptr, beta_ptr, w_ptr, bias_ptr, out_ptr, tile, M, eps,
-    K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    NORM: tl.constexpr, HAS_BETA: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
+    HAS_BETA: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """activation(norm(x) · Wᵀ + bias) of BM rows of W."""
-    m, r, k = tile * BM + tl.arange(0, BM), tl.arange(0, BR), tl.arange(0, BK)
+    m, k = tile * BM + tl.arange(0, BM), tl.arange(0, BK)
     inside = m < M
     w = _weights(w_ptr, m, inside, k, K)
     if PDL:
         gdc_wait()
     if NORM != "none":  # mean and mean square in one pass: in float32 that is enough for what models hold
-        total, squares = tl.zeros((BR, 1, BK), tl.float32), tl.zeros((BR, 1, BK), tl.float32)
+        total, squares = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
         for start in tl.static_range(0, K, BK):
-            x = _inputs(x_ptr, r, start + k, R, K)
+            x = _wide(x_ptr, start + k, K)
             total += x
             squares += x * x
-        mean = tl.sum(total, axis=2, keep_dims=True) / K if NORM == "layer" else tl.zeros((BR, 1, 1), tl.float32)
-        scale = tl.rsqrt(tl.sum(squares, axis=2, keep_dims=True) / K - mean * mean + eps)
-    acc = tl.zeros((BR, BM, BK), tl.float32)
+        mean = tl.sum(total) / K if NORM == "layer" else 0.0
+        scale = tl.rsqrt(tl.sum(squares) / K - mean * mean + eps)
+    acc = tl.zeros((BM, BK), tl.float32)
     for start in tl.static_range(0, K, BK):
-        x = _inputs(x_ptr, r, start + k, R, K)
+        x = _wide(x_ptr, start + k, K)
         if start > 0:
             w = _weights(w_ptr, m, inside, start + k, K)
         if NORM != "none":
-            gamma = tl.load(gamma_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-            x = (x - mean) * scale * gamma[None, None, :]
+            x = (x - mean) * scale * _wide(gamma_ptr, start + k, K)
             if HAS_BETA:
-                x += tl.load(beta_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)[None, None, :]
-        acc += x * w.to(tl.float32)
+                x += _wide(beta_ptr, start + k, K)
+        acc += x[None, :] * w.to(tl.float32)
     if PDL:
         gdc_launch_dependents()
-    y = tl.sum(acc, axis=2)  # (BR, BM)
+    y = tl.sum(acc, axis=1)  # (BM,)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + m, mask=inside, other=0.0).to(tl.float32)[None, :]
-    y = _activated(y, ACTIVATION).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + r[:, None] * M + m[None, :], y, mask=(r < R)[:, None] & inside[None, :])
+        y += tl.load(bias_ptr + m, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m, _activated(y, ACTIVATION).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["eps"])
 def products(
     x_ptr, eps, gamma0_ptr, beta0_ptr, w0_ptr, b0_ptr, out0_ptr, M0,
     gamma1_ptr, beta1_ptr, w1_ptr, b1_ptr, out1_ptr, M1,
-    K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    NORM: tl.constexpr, HAS_BETA0: tl.constexpr, HAS_BETA1: tl.constexpr, HAS_B0: tl.constexpr, HAS_B1: tl.constexpr,
+    K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
+    HAS_BETA0: tl.constexpr, HAS_BETA1: tl.constexpr, HAS_B0: tl.constexpr, HAS_B1: tl.constexpr,
     ACT0: tl.constexpr, ACT1: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of one layer, or, with M1 > 0, of two that read the same input: the first ones are the first layer's."""
+    """Outputs of one layer, or, with M1 > 0, of two that read the same row: the first programs have the first's."""
     tile, first = tl.program_id(0), tl.cdiv(M0, BM)
     if tile < first:
         _normed_product(
             x_ptr, gamma0_ptr, beta0_ptr, w0_ptr, b0_ptr, out0_ptr, tile, M0, eps,
-            K, R, BR, BM, BK, NORM, HAS_BETA0, HAS_B0, ACT0, PDL,
+            K, BM, BK, NORM, HAS_BETA0, HAS_B0, ACT0, PDL,
         )  # fmt: skip
     else:
         _normed_product(
             x_ptr, gamma1_ptr, beta1_ptr, w1_ptr, b1_ptr, out1_ptr, tile - first, M1, eps,
-            K, R, BR, BM, BK, NORM, HAS_BETA1, HAS_B1, ACT1, PDL,
+            K, BM, BK, NORM, HAS_BETA1, HAS_B1, ACT1, PDL,
         )  # fmt: skip
 
 
 @triton.jit
 def product_sum(
     x0_ptr, w0_ptr, b0_ptr, x1_ptr, w1_ptr, b1_ptr, residual_ptr, out_ptr, M,
-    K0: tl.constexpr, K1: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     HAS_B0: tl.constexpr, HAS_B1: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x0 · W0ᵀ + b0 + x1 · W1ᵀ + b1 + residual of BM rows of the weights; with K1 = 0 there is no second product."""
-    m, r, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BR), tl.arange(0, BK)
+    m, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BK)
     inside = m < M
     w = _weights(w0_ptr, m, inside, k, K0)
     if PDL:
         gdc_wait()
-    acc = tl.zeros((BR, BM, BK), tl.float32)
+    acc = tl.zeros((BM, BK), tl.float32)
     for start in tl.static_range(0, K0, BK):
         if start > 0:
             w = _weights(w0_ptr, m, inside, start + k, K0)
-        acc += _inputs(x0_ptr, r, start + k, R, K0) * w.to(tl.float32)
+        acc += _wide(x0_ptr, start + k, K0)[None, :] * w.to(tl.float32)
     for start in tl.static_range(0, K1, BK):
         w = _weights(w1_ptr, m, inside, start + k, K1)
-        acc += _inputs(x1_ptr, r, start + k, R, K1) * w.to(tl.float32)
+        acc += _wide(x1_ptr, start + k, K1)[None, :] * w.to(tl.float32)
     if PDL:
         gdc_launch_dependents()
-    y = tl.sum(acc, axis=2)  # (BR, BM)
+    y = tl.sum(acc, axis=1)  # (BM,)
     if HAS_B0:
-        y += tl.load(b0_ptr + m, mask=inside, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(b0_ptr + m, mask=inside, other=0.0).to(tl.float32)
     if HAS_B1:
-        y += tl.load(b1_ptr + m, mask=inside, other=0.0).to(tl.float32)[None, :]
-    at, here = r[:, None] * M + m[None, :], (r < R)[:, None] & inside[None, :]
+        y += tl.load(b1_ptr + m, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + at, mask=here, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=here)
+        y += tl.load(residual_ptr + m, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -186,46 +182,31 @@ def norm_of_sum(
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
-class Tile(NamedTuple):
-    """How a product is cut.
-
-    Attributes:
-        BM: Rows of the weights in a program.
-        BK: Columns of the weights that a program reads at once.
-        num_warps: Of a program.
-    """
-
-    BM: int
-    BK: int
-    num_warps: int
-
-
-def tile_of(rows: int, widest: int, warps: int) -> Tile:
-    """A tile for so many rows of the input; `warps` is for rows of weights that fill it."""
-    BK = min(1024, triton.next_power_of_2(widest))
-    return Tile(max(1, 4 // triton.next_power_of_2(rows)), BK, warps)
+ROWS_OF_WEIGHTS = 4
+"""In a program."""
+WIDEST_TILE = 1024
+"""Columns of the weights that a program reads at once, at most."""
 
 
 def _overlapping(tensor: Tensor) -> dict[str, Any]:
     """Whether the kernel may begin before the one before it has ended, as an option of its launch and for itself."""
-    able = tensor.is_cuda and card_of(tensor).capability >= (9, 0)
+    able = card_of(tensor).capability >= (9, 0)
     return {"PDL": able, "launch_pdl": True} if able else {"PDL": False}
 
 
 def norm_linears_triton(x: Tensor, layers: Sequence[Linear], kind: str, eps: float) -> tuple[Tensor, ...]:
     """Run the kernel: see `limbeck.ops.norm_linears`."""
-    x = x.contiguous()
-    rows, K = x.shape
+    x, K = x.contiguous(), x.shape[1]
     first, second = layers[0], layers[-1]
-    outs = [x.new_empty(rows, layer.weight.shape[0]) for layer in layers]
+    outs = [x.new_empty(1, layer.weight.shape[0]) for layer in layers]
     M0, M1 = outs[0].shape[1], outs[1].shape[1] if len(layers) > 1 else 0
-    BM, BK, num_warps = tile_of(rows, K, 4)
+    BM, BK = ROWS_OF_WEIGHTS, min(WIDEST_TILE, triton.next_power_of_2(K))
     products[(triton.cdiv(M0, BM) + triton.cdiv(M1, BM),)](
         x, eps, *_tensors(first, x), outs[0], M0, *_tensors(second, x), outs[-1], M1,
-        K=K, R=rows, BR=triton.next_power_of_2(rows), BM=BM, BK=BK, NORM=kind,
+        K=K, BM=BM, BK=BK, NORM=kind,
         HAS_BETA0=_has_bias(first.norm), HAS_BETA1=_has_bias(second.norm),
         HAS_B0=first.bias is not None, HAS_B1=second.bias is not None,
-        ACT0=first.activation, ACT1=second.activation, num_warps=num_warps, **_overlapping(x),
+        ACT0=first.activation, ACT1=second.activation, num_warps=4, **_overlapping(x),
     )  # fmt: skip
     return tuple(outs)
 
@@ -234,15 +215,15 @@ def linear_sum_triton(inputs: Sequence[Tensor], layers: Sequence[Linear], residu
     """Run the kernel: see `limbeck.ops.linear_sum`."""
     x0, x1 = inputs[0].contiguous(), inputs[-1].contiguous()
     first, second = layers[0], layers[-1]
-    rows, M = x0.shape[0], first.weight.shape[0]
+    M = first.weight.shape[0]
     K0, K1 = x0.shape[1], x1.shape[1] if len(layers) > 1 else 0
-    out = x0.new_empty(rows, M)
-    BM, BK, num_warps = tile_of(rows, max(K0, K1), 2)
+    out = x0.new_empty(1, M)
+    BM, BK = ROWS_OF_WEIGHTS, min(WIDEST_TILE, triton.next_power_of_2(max(K0, K1)))
     product_sum[(triton.cdiv(M, BM),)](
         x0, *_tensors(first, x0)[2:], x1, *_tensors(second, x0)[2:], whole_or(residual, x0), out, M,
-        K0=K0, K1=K1, R=rows, BR=triton.next_power_of_2(rows), BM=BM, BK=BK,
+        K0=K0, K1=K1, BM=BM, BK=BK,
         HAS_B0=first.bias is not None, HAS_B1=K1 > 0 and second.bias is not None, HAS_RESIDUAL=residual is not None,
-        num_warps=num_warps, **_overlapping(x0),
+        num_warps=2, **_overlapping(x0),
     )  # fmt: skip
     return out
 
