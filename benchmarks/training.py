@@ -1,12 +1,13 @@
 """Whole training steps on one GPU at the sizes of the published systems, beside their peers.
 
-    python benchmarks/training.py                        # everything; writes results/training.json
+    python benchmarks/training.py                        # everything; writes results/training.json and, for our own
+                                                         # steps, where the time goes: results/training_profile.txt
     python benchmarks/training.py "student" "stage 1"    # these
-    python benchmarks/training.py --profile "student"    # and where the time goes, results/training_profile.txt
 
 Weights are random and made on the device from configurations of Phi-1.5's and Pythia-1B's sizes. A step is what a run
 does: teacher, student, backward, clip, AdamW; float32 weights, bfloat16 autocast, and tf32 where a product of float32
-is left, for all alike.
+is left, for all alike. "use" is the part of the card's matrix product, measured beside it, that the step's arithmetic
+comes to, as `limbeck plan` counts it.
 """
 
 import gc
@@ -21,11 +22,13 @@ from typing import Any
 import torch
 import training_peers as peers
 from timing import copy_bandwidth, matmul_rate
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_peers import Batch, Update
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
 import limbeck
 from limbeck.distill import GuidedStep, StageStep, TargetGuide, make_objective, mixer_parameters
+from limbeck.plan.arithmetic import flops_of
 from limbeck.students import blocks
 from limbeck.students.activations import fuse_activations
 from limbeck.training import World, make_adamw, parameter_groups
@@ -121,12 +124,12 @@ CASES: dict[str, tuple[int, Callable[[Batch], Update]]] = {
 """Samples of an update, and what makes it."""
 
 
-def measure(b: int, make: Callable[[Batch], Update]) -> dict[str, float]:
+OURS = [name for name in CASES if name.startswith(("student", "stage", "CALD")) and "," not in name]
+
+
+def measure(update: Update, tokens: int) -> dict[str, float]:
     """Tokens per second of a step and the most memory that it holds."""
-    torch.manual_seed(0)
-    batch = random_tokens(b)
     begin = time.perf_counter()
-    update = make(batch)
     for _ in range(WARM_UP):
         update()
     torch.cuda.synchronize()
@@ -140,18 +143,30 @@ def measure(b: int, make: Callable[[Batch], Update]) -> dict[str, float]:
         seconds.append(time.perf_counter() - start)
     step = statistics.median(seconds)
     return {
-        "tokens": batch["input_ids"].numel(),
-        "tokens_per_second": batch["input_ids"].numel() / step,
+        "tokens": tokens,
+        "tokens_per_second": tokens / step,
         "step_ms": step * 1e3,
         "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
         "cold_start_s": ready - begin,
     }
 
 
-def profile(b: int, make: Callable[[Batch], Update]) -> str:
+class Arithmetic(TorchDispatchMode):
+    """Counts the floating-point operations of what runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.flops += flops_of(func._schema.name, func, args, kwargs, out)
+        return out
+
+
+def profile(update: Update) -> str:
     """A table of the kernels of one step."""
-    update = make(random_tokens(b))
-    update()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         update()
         torch.cuda.synchronize()
@@ -169,9 +184,7 @@ def free() -> None:
 
 def main(names: list[str]) -> None:
     """Measure cases; what one cannot do is its result."""
-    profiled = "--profile" in names
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    chosen = [name for name in names if not name.startswith("--")] or list(CASES)
     steps: dict[str, Any] = {}
     tables: list[str] = []
     ceilings = {
@@ -180,19 +193,27 @@ def main(names: list[str]) -> None:
         "copy_bytes_per_second": copy_bandwidth(),
         "bf16_matmul_per_second": matmul_rate(),
     }
-    for name in chosen:
-        free()
+    for name in names or CASES:
         try:
-            steps[name] = measure(*CASES[name])
-            if profiled:
-                free()
-                tables.append(f"{name}\n{profile(*CASES[name])}")
+            torch.manual_seed(0)
+            samples, make = CASES[name]
+            batch = random_tokens(samples)
+            update = make(batch)
+            steps[name] = measure(update, batch["input_ids"].numel())
+            if name in OURS:
+                tables.append(f"{name}\n{profile(update)}")
+            if name in OURS and "compiled" not in name:
+                with Arithmetic() as counted:
+                    update()
+                use = counted.flops / (steps[name]["step_ms"] / 1e3) / ceilings["bf16_matmul_per_second"]
+                steps[name] |= {"flops": counted.flops, "use": use}
         except Exception as error:  # noqa: BLE001 (a peer that does not run is a result)
             steps[name] = f"not measured: {type(error).__name__}: {error}"[:300]
+        update = batch = None
+        free()
         print(name, json.dumps(steps[name]), flush=True)
         (RESULTS / "training.json").write_text(json.dumps(ceilings | {"steps": steps}, indent=1) + "\n")
-        if tables:
-            (RESULTS / "training_profile.txt").write_text("\n\n".join(tables) + "\n")
+        (RESULTS / "training_profile.txt").write_text("\n\n".join(tables) + "\n")
 
 
 if __name__ == "__main__":
