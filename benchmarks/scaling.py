@@ -29,8 +29,8 @@ RESULTS = Path(__file__).with_name("results") / "scaling.json"
 ACCUMULATED, WARM_UP, TIMED = 4, 2, 3
 CASES = {
     "matrix": ("mohawk-phi-mamba", "microsoft/phi-1_5", 16),
-    "hidden": ("mohawk-phi-mamba", "microsoft/phi-1_5", 8),
-    "logits": ("mohawk-phi-mamba", "microsoft/phi-1_5", 8),
+    "hidden": ("mohawk-phi-mamba", "microsoft/phi-1_5", 12),
+    "logits": ("mohawk-phi-mamba", "microsoft/phi-1_5", 12),
     "layerwise": ("cald-target-guided", "EleutherAI/pythia-1b", 8),
 }
 """Recipe, teacher and samples of a micro-batch: with few the host is the limit, and FSDP asks more of it."""
