@@ -12,8 +12,9 @@ from limbeck import LimbeckError, load_recipe
 from limbeck.distill import StageStep, make_objective
 from limbeck.plan import CARDS, MeasuredCard, estimate, plan_table
 from limbeck.plan.shapes import SHAPES, config_of, student_of_shape, teacher_of_shape
+from limbeck.recipes.placement import copies_of
 from limbeck.recipes.schema import Recipe
-from limbeck.students import student_config
+from limbeck.students import blocks, student_config
 
 PUBLISHED = {  # parameters, tied ones once
     "microsoft/phi-1_5": 1_418_270_720,
@@ -104,6 +105,37 @@ def test_sharing_divides_what_is_shared(teacher):
         assert copies["stages"][name]["accumulation"] == 1
     half = estimate(small("mohawk", "engine.shard_size=2"), teacher=teacher, gpus=4, parallel="fsdp")
     assert half["stages"]["logits"]["memory"]["student"] == copies["stages"]["logits"]["memory"]["student"] // 2
+
+
+@pytest.mark.slow
+def test_layers_of_an_offloaded_teacher_are_not_there(teacher):
+    """But for two of them, where each GPU has a copy of the rest as where they share one."""
+    model = teacher_of_shape(config_of(teacher), torch.bfloat16)
+    sizes = [2 * sum(parameter.numel() for parameter in block.parameters()) for block in blocks(model)]
+    for options in ({}, {"gpus": 2, "parallel": "fsdp"}):
+        there, away = (
+            estimate(small("mohawk", f"engine.offload_teacher={on}"), teacher=teacher, **options)["stages"]
+            for on in ("false", "true")
+        )
+        shards = options.get("gpus", 1)
+        for name, stage in there.items():
+            before, after = stage["memory"], away[name]["memory"]
+            assert before["teacher"] - after["teacher"] == sum(sizes) // shards
+            assert after["gathered"] - before["gathered"] == (2 * max(sizes) if shards == 1 else 0)
+            assert {part: before[part] for part in MEMORY[3:4] + MEMORY[5:7]} == {
+                part: after[part] for part in MEMORY[3:4] + MEMORY[5:7]
+            }
+
+
+def test_copies_are_of_what_is_held(teacher):
+    config = config_of(teacher)
+    recipe, bf16 = small(), torch.bfloat16.itemsize
+    student, model = student_of_shape(config, recipe), teacher_of_shape(config, torch.float32)
+    learning = 16 * student.num_parameters()
+    assert copies_of(recipe, student, model, bf16) == learning + bf16 * model.num_parameters()
+    outside = model.num_parameters() - sum(parameter.numel() for parameter in blocks(model).parameters())
+    offloaded = small("mohawk", "engine.offload_teacher=true")
+    assert copies_of(offloaded, student, model, bf16) == learning + bf16 * outside
 
 
 def test_several_gpus_choose_as_a_run_does(teacher, monkeypatch):

@@ -18,7 +18,7 @@ from limbeck.plan.cards import MeasuredCard, card_named
 from limbeck.plan.memory import WIDE, Memory, count, memory_of, total_of
 from limbeck.plan.shapes import config_of, student_of_shape, teacher_of_shape
 from limbeck.plan.trace import Trace, fake, trace, without_data
-from limbeck.recipes.placement import BYTES_LEARNED, COPY_SHARE, has_companion
+from limbeck.recipes.placement import COPY_SHARE, copies_of
 from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe
 from limbeck.recipes.stages import cache_of
 
@@ -122,10 +122,9 @@ def _is_sharded(recipe: Recipe, config: PretrainedConfig, parallel: str, card: M
         return parallel == "fsdp"
     if card is None:
         return False
-    teacher = teacher_of_shape(config, torch.float32).num_parameters()
-    student = student_of_shape(config, recipe).num_parameters()
-    each = BYTES_LEARNED if has_companion(recipe) else WIDE if recipe.precision == "float32" else HALF
-    return student * BYTES_LEARNED + teacher * each > COPY_SHARE * card.memory
+    student, teacher = student_of_shape(config, recipe), teacher_of_shape(config, torch.float32)
+    itemsize = WIDE if recipe.precision == "float32" else HALF
+    return copies_of(recipe, student, teacher, itemsize) > COPY_SHARE * card.memory
 
 
 def _stage(
@@ -211,7 +210,9 @@ def _phase(
             "learning": count(student.parameters(), learning=True),
             "teacher": 0 if teacher is None else count(teacher.parameters()),
         },
-        "memory": memory_of(step, student, teacher, learned, traced, cluster.shards),
+        "memory": memory_of(
+            step, student, teacher, learned, traced, cluster.shards, offloaded=recipe.engine.offload_teacher
+        ),
         "flops": None if traced is None else traced.flops * accumulation * cluster.gpus,
         "launches": None if traced is None else len(traced.calls) * accumulation,
         "seconds": seconds,

@@ -120,6 +120,8 @@ class EngineTable(Table):
         shard_size: Processes that share one copy; left out, all.
         async_save: Whether training goes on while a checkpoint is written; left out, on a GPU.
         keep_last: How many of the last checkpoints are kept.
+        offload_teacher: Whether a frozen teacher's layers lie in the host's memory, and each is on the GPU only while
+            it computes.
         max_nonfinite: After so many updates in a row that are not finite the run stops.
         log_every: Updates whose figures are fetched from a GPU together.
     """
@@ -128,6 +130,7 @@ class EngineTable(Table):
     shard_size: Count | None = None
     async_save: bool | None = None
     keep_last: Count = 2
+    offload_teacher: bool = False
     max_nonfinite: Count = 10
     log_every: Count = 10
 
@@ -227,6 +230,18 @@ class Recipe(Table):
                     f"stages.{after} ({second.objective}) comes after stages.{before} ({first.objective})",
                     expected="a scope that never shrinks: matrix → hidden → logits or layerwise",
                     hint="swap the two tables: stages run in the order in which the file names them",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _learning_teachers_stay(self) -> Self:
+        for name, stage in self.stages.items():
+            learns = isinstance(stage, LayerwiseStage) and stage.guidance == "trajectory"
+            if learns and self.engine.offload_teacher:
+                raise LimbeckError(
+                    f'engine.offload_teacher with stages.{name}.guidance = "trajectory"',
+                    expected="a frozen teacher: one that learns is needed again in the backward pass",
+                    hint='engine.parallel = "fsdp" spreads such a teacher over several GPUs',
                 )
         return self
 

@@ -13,7 +13,15 @@ from limbeck.errors import LimbeckError
 from limbeck.recipes.given import checkpoint_identity
 from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe
 from limbeck.students import blocks, load_config, load_model
-from limbeck.training import Companion, make_adamw, make_schedule, parameter_groups, shard, shard_teacher
+from limbeck.training import (
+    Companion,
+    make_adamw,
+    make_schedule,
+    offload_layers,
+    parameter_groups,
+    shard,
+    shard_teacher,
+)
 
 
 class Teachers:
@@ -24,10 +32,20 @@ class Teachers:
         autocast: What the computation is in; a frozen teacher is loaded as that.
         device: Where to put them.
         mesh: The processes that share them; None where each holds its own.
+        offload: Whether the layers of frozen ones lie in the host's memory.
     """
 
-    def __init__(self, source: str, autocast: torch.dtype | None, device: torch.device, mesh: DeviceMesh | None = None):
+    def __init__(
+        self,
+        source: str,
+        autocast: torch.dtype | None,
+        device: torch.device,
+        mesh: DeviceMesh | None = None,
+        *,
+        offload: bool = False,
+    ):
         self.source, self.dtype, self.device, self.mesh = source, autocast or torch.float32, device, mesh
+        self.offload = offload
         self._kept: tuple[str, PreTrainedModel] | None = None
 
     def of(self, stage: AnyStage) -> PreTrainedModel:
@@ -44,10 +62,13 @@ class Teachers:
 
     def _load(self, source: str) -> PreTrainedModel:
         """A frozen teacher."""
-        if self.mesh is None:
+        if self.mesh is None and not self.offload:
             return load_model(source, dtype=self.dtype, device=self.device)
         teacher = load_model(source, dtype=self.dtype)
-        shard_teacher(teacher, self.mesh)
+        if self.mesh is None:
+            offload_layers(teacher, self.device)
+        else:
+            shard_teacher(teacher, self.mesh, offload=self.offload)
         return teacher
 
     def _load_to_learn(self, source: str) -> PreTrainedModel:

@@ -4,6 +4,7 @@ from limbeck.training.checkpoint import Checkpoints
 from limbeck.training.distributed import World
 from limbeck.training.guards import Limits
 from limbeck.training.loop import StageResult, TrainingInterrupted, train_stage
+from limbeck.training.offload import offload_layers
 from limbeck.training.optim import GroupSummary, learning_summary, learning_table, make_adamw, parameter_groups
 from limbeck.training.parallel import is_sharded, settle, shard, shard_step, shard_teacher, whole_weights
 from limbeck.training.schedule import Schedule, make_schedule
@@ -34,6 +35,7 @@ __all__ = [
     "load_learned",
     "make_adamw",
     "make_schedule",
+    "offload_layers",
     "open_trackers",
     "parameter_groups",
     "read_metrics",
