@@ -2,7 +2,12 @@
 
 import pytest
 import together
+import torch
 
+from limbeck import LimbeckError, load_recipe
+from limbeck.recipes.schema import EngineTable
+from limbeck.recipes.teachers import Teachers
+from limbeck.students import blocks
 from limbeck.training import read_metrics
 
 
@@ -37,3 +42,37 @@ def test_a_teacher_in_the_memory_of_two_processes_hosts(parallel, losses):
     found = losses(parallel, 2, "engine.offload_teacher=true", f"engine.parallel={parallel}")
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["none", "ddp", "fsdp"])
+def test_a_compiled_teacher(parallel, losses):
+    """Of one process offloaded as well: hooks and compiled parts do not mind one another."""
+    more = ["engine.offload_teacher=true"] if parallel == "none" else [f"engine.parallel={parallel}"]
+    expected = losses("as-it-is")
+    found = losses("compiled", 1 if parallel == "none" else 2, "engine.compile_teacher=true", *more)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.slow  # torch.compile takes a second to be imported, and warns of itself
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_frozen_teachers_are_as_the_engine_says(teacher_folder):
+    def loaded(**engine):
+        teacher = Teachers(str(teacher_folder), None, torch.device("cpu"), engine=EngineTable(**engine))._load(
+            str(teacher_folder)
+        )
+        block = blocks(teacher)[0]
+        return len(block._forward_pre_hooks), "forward" in vars(block.mlp)
+
+    assert loaded() == (0, False)
+    assert loaded(offload_teacher=True) == (1, False)
+    assert loaded(compile_teacher=True) == (0, True)
+
+
+@pytest.mark.parametrize("key", ["offload_teacher", "compile_teacher"])
+def test_a_teacher_that_learns_stays_as_it_is(key):
+    settings = [f"engine.{key}=true", "stages.layerwise.guidance=trajectory", "stages.layerwise.teacher_lr=1e-4"]
+    with pytest.raises(LimbeckError, match=rf"engine.{key} with stages.layerwise.guidance"):
+        load_recipe("cald-target-guided", settings)
+    load_recipe("cald-target-guided", settings[:1])

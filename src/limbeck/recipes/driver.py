@@ -75,7 +75,7 @@ class Driver:
         half = "bfloat16" if self.device.type == "cuda" else "float32"
         self.autocast = PRECISIONS[half if recipe.precision == "auto" else recipe.precision]
         self.mesh = mesh_of(recipe, teacher, run.stage(0, CONVERTED) / "student", self.autocast, world)
-        self.teachers = Teachers(teacher, self.autocast, self.device, self.mesh, offload=recipe.engine.offload_teacher)
+        self.teachers = Teachers(teacher, self.autocast, self.device, self.mesh, recipe.engine)
         self._trackers: Trackers | None = None
 
     def __enter__(self) -> Self:

@@ -122,6 +122,7 @@ class EngineTable(Table):
         keep_last: How many of the last checkpoints are kept.
         offload_teacher: Whether a frozen teacher's layers lie in the host's memory, and each is on the GPU only while
             it computes.
+        compile_teacher: Whether the MLPs and norms of a frozen teacher are compiled, which takes a while at the start.
         max_nonfinite: After so many updates in a row that are not finite the run stops.
         log_every: Updates whose figures are fetched from a GPU together.
     """
@@ -131,6 +132,7 @@ class EngineTable(Table):
     async_save: bool | None = None
     keep_last: Count = 2
     offload_teacher: bool = False
+    compile_teacher: bool = False
     max_nonfinite: Count = 10
     log_every: Count = 10
 
@@ -234,14 +236,14 @@ class Recipe(Table):
         return self
 
     @model_validator(mode="after")
-    def _learning_teachers_stay(self) -> Self:
+    def _learning_teachers_stay_as_they_are(self) -> Self:
+        keys = [key for key in ("offload_teacher", "compile_teacher") if getattr(self.engine, key)]
         for name, stage in self.stages.items():
-            learns = isinstance(stage, LayerwiseStage) and stage.guidance == "trajectory"
-            if learns and self.engine.offload_teacher:
+            if keys and isinstance(stage, LayerwiseStage) and stage.guidance == "trajectory":
                 raise LimbeckError(
-                    f'engine.offload_teacher with stages.{name}.guidance = "trajectory"',
-                    expected="a frozen teacher: one that learns is needed again in the backward pass",
-                    hint='engine.parallel = "fsdp" spreads such a teacher over several GPUs',
+                    f'engine.{keys[0]} with stages.{name}.guidance = "trajectory"',
+                    expected="a frozen teacher: one that learns has a backward pass too, and dropout",
+                    hint=f"engine.{keys[0]} = false",
                 )
         return self
 

@@ -11,10 +11,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from limbeck.distill import Guide, TargetGuide, TrajectoryGuide, WaypointGuide, check_vocabularies
 from limbeck.errors import LimbeckError
 from limbeck.recipes.given import checkpoint_identity
-from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe
+from limbeck.recipes.schema import AnyStage, EngineTable, LayerwiseStage, Recipe
 from limbeck.students import blocks, load_config, load_model
 from limbeck.training import (
     Companion,
+    compile_layers,
     make_adamw,
     make_schedule,
     offload_layers,
@@ -32,7 +33,7 @@ class Teachers:
         autocast: What the computation is in; a frozen teacher is loaded as that.
         device: Where to put them.
         mesh: The processes that share them; None where each holds its own.
-        offload: Whether the layers of frozen ones lie in the host's memory.
+        engine: Whether frozen ones are offloaded, or compiled.
     """
 
     def __init__(
@@ -41,11 +42,10 @@ class Teachers:
         autocast: torch.dtype | None,
         device: torch.device,
         mesh: DeviceMesh | None = None,
-        *,
-        offload: bool = False,
+        engine: EngineTable | None = None,
     ):
         self.source, self.dtype, self.device, self.mesh = source, autocast or torch.float32, device, mesh
-        self.offload = offload
+        self.engine = engine or EngineTable()
         self._kept: tuple[str, PreTrainedModel] | None = None
 
     def of(self, stage: AnyStage) -> PreTrainedModel:
@@ -62,13 +62,14 @@ class Teachers:
 
     def _load(self, source: str) -> PreTrainedModel:
         """A frozen teacher."""
-        if self.mesh is None and not self.offload:
-            return load_model(source, dtype=self.dtype, device=self.device)
-        teacher = load_model(source, dtype=self.dtype)
-        if self.mesh is None:
+        offload = self.engine.offload_teacher
+        teacher = load_model(source, dtype=self.dtype, device=None if self.mesh or offload else self.device)
+        if self.mesh is not None:
+            shard_teacher(teacher, self.mesh, offload=offload)
+        elif offload:
             offload_layers(teacher, self.device)
-        else:
-            shard_teacher(teacher, self.mesh, offload=self.offload)
+        if self.engine.compile_teacher:
+            compile_layers(teacher)
         return teacher
 
     def _load_to_learn(self, source: str) -> PreTrainedModel:

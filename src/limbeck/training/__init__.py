@@ -1,6 +1,7 @@
 """Training: one stage's loop, its optimiser, schedule, checkpoints and metrics. Plain arguments, never a recipe."""
 
 from limbeck.training.checkpoint import Checkpoints
+from limbeck.training.compiled import compile_layers
 from limbeck.training.distributed import World
 from limbeck.training.guards import Limits
 from limbeck.training.loop import StageResult, TrainingInterrupted, train_stage
@@ -29,6 +30,7 @@ __all__ = [
     "TrainingState",
     "World",
     "check_trackers",
+    "compile_layers",
     "is_sharded",
     "learning_summary",
     "learning_table",
