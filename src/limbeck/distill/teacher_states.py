@@ -44,11 +44,15 @@ def describe_states(teacher: PreTrainedModel, target: str, stored: str) -> dict[
     return {"target": target, "layers": len(blocks(teacher)), "width": config.hidden_size, "stored": stored}
 
 
+def states_shape(described: Mapping[str, Any], length: int) -> tuple[int, int, int]:
+    """(n, l, d) of a sample."""
+    layers = described["layers"]
+    return layers + 1 if described["target"] == "block" else 2 * layers, length, described["width"]
+
+
 def states_field(described: Mapping[str, Any], length: int) -> tuple[str, str, tuple[int, int, int]]:
     """The part of a sample's row that holds them."""
-    layers = described["layers"]
-    count = layers + 1 if described["target"] == "block" else 2 * layers
-    return "states", FORMATS[described["stored"]][2], (count, length, described["width"])
+    return "states", FORMATS[described["stored"]][2], states_shape(described, length)
 
 
 def states_of(signals: Mapping[int, LayerSignals], described: Mapping[str, Any]) -> np.ndarray:

@@ -89,13 +89,9 @@ def cache_identities(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def cached_options(stage: AnyStage) -> dict[str, Any]:
+def cached_options(stage: AnyStage, manifest: dict[str, Any]) -> dict[str, Any]:
     """What the objective of a stage that reads a cache is made with, beside the stage's own options."""
-    folder = cache_of(stage)
-    assert folder is not None
-    return (
-        {"cached": True} if isinstance(stage, HiddenStage) else {"cached_vocabulary": TeacherCache(folder).vocabulary}
-    )
+    return {"cached": True} if isinstance(stage, HiddenStage) else {"cached_vocabulary": manifest["vocabulary"]}
 
 
 def completed(stage: AnyStage) -> Callable[[int, np.ndarray, dict[str, Tensor]], dict[str, Tensor]] | None:

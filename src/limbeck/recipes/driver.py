@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from limbeck.data import BatchSampler, Samples, collate, fitting_micro_batch, micro_batches
 from limbeck.devices import environment
-from limbeck.distill import WHOLE_MODEL, Guide, GuidedStep, StageStep, make_objective, mixer_parameters
+from limbeck.distill import WHOLE_MODEL, Guide, GuidedStep, StageStep, TeacherCache, make_objective, mixer_parameters
 from limbeck.errors import LimbeckError
 from limbeck.evaluation import agreement, perplexity
 from limbeck.mixers import Mixer
@@ -172,7 +172,7 @@ class Driver:
         folder, options = cache_of(stage), stage.objective_options()
         if folder is not None:
             self.teachers.release()
-            options |= cached_options(stage)
+            options |= cached_options(stage, TeacherCache(folder).manifest)
         objective = make_objective(stage.objective, **options)
         if not isinstance(stage, LayerwiseStage):
             teacher = self.teachers.of(stage) if objective.needs_teacher else None

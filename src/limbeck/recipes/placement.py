@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.errors import LimbeckError
 from limbeck.progress import say
-from limbeck.recipes.schema import LayerwiseStage, Recipe
+from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe
+from limbeck.recipes.stages import cache_of
 from limbeck.students import blocks, load_config
 from limbeck.training import World
 
@@ -55,12 +56,22 @@ def copies_of(recipe: Recipe, student: PreTrainedModel, teacher: PreTrainedModel
         itemsize: Bytes of a number that a frozen teacher computes with.
     """
     learning = student.num_parameters() * BYTES_LEARNED
+    if not any(holds_teacher(recipe, stage) for stage in recipe.stages.values()):
+        return learning
     if has_companion(recipe):
         return learning + teacher.num_parameters() * BYTES_LEARNED
     stays = teacher.num_parameters()
     if recipe.engine.offload_teacher:
         stays -= sum(parameter.numel() for parameter in blocks(teacher).parameters())
     return learning + stays * itemsize
+
+
+def holds_teacher(recipe: Recipe, stage: AnyStage) -> bool:
+    """Whether a stage has a teacher in memory: to learn from it, or to compare with it in evaluations."""
+    if cache_of(stage) is not None:
+        return False
+    compared = bool(recipe.evaluation.every) and not isinstance(stage, LayerwiseStage)
+    return compared or stage.guided_steps > 0
 
 
 def has_companion(recipe: Recipe) -> bool:
