@@ -109,7 +109,8 @@ class Driver:
                 raise LimbeckError(
                     f"stage {name}: out of memory with one sample in a micro-batch",
                     expected=f"memory for {self.recipe.data.sequence_length} tokens, the model and its optimiser",
-                    hint='engine.parallel = "fsdp" over more GPUs, or a smaller data.sequence_length',
+                    hint='engine.offload_teacher = true, engine.parallel = "fsdp" over more GPUs, or a smaller '
+                    "data.sequence_length",
                 )
             say(f"{name}: out of memory with micro-batches of {micro_batch} samples; going on with {smaller}")
             micro_batch = smaller
