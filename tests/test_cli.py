@@ -203,6 +203,9 @@ def test_prepare_a_teacher(good, good_json, refused, recipe, teacher_folder, tex
     assert "no --output" in refused("prepare", text_file, "--teacher", teacher_folder)
     assert "2 sources" in refused("prepare", "a", "b", *given[2:])
     assert "batch_size = 0" in refused(*given, "--batch-size", "0")
+    states = good_json(*given[:4], "--output", tmp_path / "states", *given[6:], "--hidden-states", "mixer")["hidden"]
+    assert states == {"target": "mixer", "layers": 2, "width": 32, "stored": "bfloat16"}
+    assert "hidden states 'all'" in refused(*given[:4], "--output", tmp_path / "x", "--hidden-states", "all")
 
 
 def test_prepare_with_mistakes(refused, teacher_folder, text_file, tmp_path, tmp_path_factory):

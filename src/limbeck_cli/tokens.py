@@ -38,6 +38,11 @@ def prepare(
     top_k: Annotated[int, typer.Option(help="With --teacher: how many likeliest tokens are kept.")] = 64,
     temperature: Annotated[float, typer.Option(help="With --teacher: the temperature of the stage.")] = 1.0,
     stored: Annotated[str, typer.Option(help="With --teacher: log-probabilities in float16 or float32.")] = "float16",
+    hidden_states: Annotated[
+        str | None,
+        typer.Option(help="With --teacher: keep hidden states too, for a stage 'hidden' of target block or mixer."),
+    ] = None,
+    hidden_stored: Annotated[str, typer.Option(help="With --hidden-states: in bfloat16 or float32.")] = "bfloat16",
     samples: Annotated[int | None, typer.Option(help="With --teacher: the first samples only.  [default: all]")] = None,
     batch_size: Annotated[int, typer.Option(help="With --teacher: samples in a forward pass.")] = 8,
     device: Device = None,
@@ -54,7 +59,8 @@ def prepare(
     if info:
         figures = _info(sources)
     elif teacher is not None:
-        keeping = (top_k, temperature, stored)
+        keeping = {"top_k": top_k, "temperature": temperature, "stored": stored}
+        keeping |= {"hidden": hidden_states, "hidden_stored": hidden_stored}
         reading = (tokenizer, sequence_length, samples)
         figures = _prepare_teacher(sources, output, teacher, reading, keeping, batch_size, device, dtype)
     else:
@@ -87,7 +93,7 @@ def _prepare_teacher(
     output: Path | None,
     teacher: str,
     reading: tuple[str | None, int, int | None],
-    keeping: tuple[int, float, str],
+    keeping: dict[str, Any],
     batch_size: int,
     device: str | None,
     dtype: str | None,
@@ -111,7 +117,7 @@ def _prepare_teacher(
         sequence_length=sequence_length,
         tokenizer=tokenizer,
         samples=samples,
-        keeping=Keeping(*keeping),
+        keeping=Keeping(**keeping),
         batch_size=batch_size,
         device=device,
         dtype=dtype,

@@ -9,11 +9,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
 from limbeck import LimbeckError, load_recipe
-from limbeck.distill import StageStep, make_objective
+from limbeck.distill import Keeping, StageStep, make_objective, write_teacher_cache
 from limbeck.plan import CARDS, MeasuredCard, estimate, plan_table
+from limbeck.plan.cached import cached_signals, manifest_of
 from limbeck.plan.shapes import SHAPES, config_of, student_of_shape, teacher_of_shape
+from limbeck.recipes.placement import copies_of
 from limbeck.recipes.schema import Recipe
-from limbeck.students import student_config
+from limbeck.students import blocks, student_config
 
 PUBLISHED = {  # parameters, tied ones once
     "microsoft/phi-1_5": 1_418_270_720,
@@ -104,6 +106,103 @@ def test_sharing_divides_what_is_shared(teacher):
         assert copies["stages"][name]["accumulation"] == 1
     half = estimate(small("mohawk", "engine.shard_size=2"), teacher=teacher, gpus=4, parallel="fsdp")
     assert half["stages"]["logits"]["memory"]["student"] == copies["stages"]["logits"]["memory"]["student"] // 2
+
+
+@pytest.mark.slow
+def test_layers_of_an_offloaded_teacher_are_not_there(teacher):
+    """But for two of them, where each GPU has a copy of the rest as where they share one."""
+    model = teacher_of_shape(config_of(teacher), torch.bfloat16)
+    sizes = [2 * sum(parameter.numel() for parameter in block.parameters()) for block in blocks(model)]
+    for options in ({}, {"gpus": 2, "parallel": "fsdp"}):
+        there, away = (
+            estimate(small("mohawk", f"engine.offload_teacher={on}"), teacher=teacher, **options)["stages"]
+            for on in ("false", "true")
+        )
+        shards = options.get("gpus", 1)
+        for name, stage in there.items():
+            before, after = stage["memory"], away[name]["memory"]
+            assert before["teacher"] - after["teacher"] == sum(sizes) // shards
+            assert after["gathered"] - before["gathered"] == (2 * max(sizes) if shards == 1 else 0)
+            assert {part: before[part] for part in MEMORY[3:4] + MEMORY[5:7]} == {
+                part: after[part] for part in MEMORY[3:4] + MEMORY[5:7]
+            }
+
+
+SPARED = {
+    "hidden": ["hidden", "stages.hidden.teacher_cache={}"],
+    "logits": ["logits", "stages.logits.teacher_cache={}"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPARED)
+def test_a_cache_spares_the_teacher(name, teacher, tmp_path):
+    stage, setting = SPARED[name]
+    live = estimate(small(), teacher=teacher, gpu="H200")
+    cached = estimate(small("mohawk", setting.format(tmp_path / "later")), teacher=teacher, gpu="H200")
+    assert live["unknown"] == []
+    assert cached["unknown"] == [
+        f"the teacher cache of stages.{stage}: it is not there, and planned as prepare makes one by default"
+    ]
+    for other in live["stages"].keys() - {stage}:
+        assert cached["stages"][other] == live["stages"][other]
+    before, after = live["stages"][stage], cached["stages"][stage]
+    assert before["memory"]["teacher"] > after["memory"]["teacher"] == after["parameters"]["teacher"] == 0
+    assert {part: before["memory"][part] for part in ("student", "optimizer")} == {
+        part: after["memory"][part] for part in ("student", "optimizer")
+    }
+    # The teacher's forward pass: two operations for each weight of a product; the student's update has six.
+    model = teacher_of_shape(config_of(teacher), torch.float32)
+    parts = blocks(model) if stage == "hidden" else model
+    products = sum(module.weight.numel() for module in parts.modules() if isinstance(module, torch.nn.Linear))
+    assert 0.9 < (before["flops_per_token"] - after["flops_per_token"]) / (2 * products) < 2.0
+    assert after["tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_what_a_cache_says_is_what_a_batch_carries(teacher, tmp_path):
+    """A finished cache is planned as it is, not as a default one."""
+    model = AutoModelForCausalLM.from_config(config_of(teacher)).eval()
+    ids = torch.randint(0, 320, (2, 65))
+
+    def batch_of(numbers):
+        return {"input_ids": ids[list(numbers), :-1], "labels": ids[list(numbers), 1:]}
+
+    def planned(k):
+        folder = tmp_path / f"k-{k}"
+        keeping = Keeping(k, hidden="mixer", hidden_stored="float32")
+        about = {"teacher": "", "fingerprint": {}, "data": ""}
+        cache = write_teacher_cache(folder, model, batch_of, samples=2, about=about, keeping=keeping)
+        recipe = small("mohawk", *(f"stages.{name}.teacher_cache={folder}" for name in SPARED))
+        for name, read in (("hidden", cache.states), ("logits", cache.rows)):
+            stage = recipe.stages[name]
+            expected = read([0, 1], batch_of([0, 1]))
+            found = cached_signals(stage, manifest_of(stage, config_of(teacher)), 2, 64)
+            assert {key: (value.shape, value.dtype) for key, value in found.items()} == {
+                key: (value.shape, value.dtype) for key, value in expected.items()
+            }
+        estimated = estimate(recipe, teacher=teacher, gpu="H200")
+        assert estimated["unknown"] == []
+        return estimated["stages"]["logits"]["memory"]["activations"]
+
+    assert planned(128) - planned(8) == 4 * 64 * 120 * (4 + 4)
+
+
+def test_copies_are_of_what_is_held(teacher):
+    config = config_of(teacher)
+    recipe, bf16 = small(), torch.bfloat16.itemsize
+    student, model = student_of_shape(config, recipe), teacher_of_shape(config, torch.float32)
+    learning = 16 * student.num_parameters()
+    assert copies_of(recipe, student, model, bf16) == learning + bf16 * model.num_parameters()
+    outside = model.num_parameters() - sum(parameter.numel() for parameter in blocks(model).parameters())
+    offloaded = small("mohawk", "engine.offload_teacher=true")
+    assert copies_of(offloaded, student, model, bf16) == learning + bf16 * outside
+    alone = load_recipe("logits-only", ["stages.logits.teacher_cache=cache", "evaluation.every=0.1"])
+    assert copies_of(alone, student, model, bf16) == learning
+    text = ["stages.logits.kl_weight=0.0", "stages.logits.ce_weight=1.0"]
+    for every, stays in (("0", 0), ("0.1", model.num_parameters())):
+        recipe = load_recipe("logits-only", [*text, f"evaluation.every={every}"])
+        assert copies_of(recipe, student, model, bf16) == learning + bf16 * stays
 
 
 def test_several_gpus_choose_as_a_run_does(teacher, monkeypatch):

@@ -163,7 +163,7 @@ def test_the_teacher_of_an_earlier_stage_is_let_go(
 def test_settings_that_cannot_be(refused, cache):
     read = f"stages.logits.teacher_cache={cache}"
     refused("teacher_cache with kl_weight 0", read, "stages.logits.kl_weight=0", "stages.logits.ce_weight=1")
-    refused("it holds no layers", read, layerwise=True)
+    refused("layers are not read from it", read, layerwise=True)
 
 
 def test_a_cache_is_part_of_what_a_run_is(cache, recipe_file):

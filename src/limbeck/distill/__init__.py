@@ -1,5 +1,6 @@
 """Distillation: what the teacher shows (`observe`) and what the student is asked to match (the objectives)."""
 
+from limbeck.distill.alone import LayerOutput, run_layer
 from limbeck.distill.base import (
     OBJECTIVES,
     WHOLE_MODEL,
@@ -15,7 +16,7 @@ from limbeck.distill.hidden import HiddenObjective
 from limbeck.distill.layerwise import LayerwiseObjective, layer_outputs
 from limbeck.distill.logits import LogitsObjective
 from limbeck.distill.matrix import MatrixObjective
-from limbeck.distill.observe import LayerOutput, LayerSignals, Observation, observe, run_layer
+from limbeck.distill.observe import LayerSignals, Observation, observe
 from limbeck.distill.teacher_cache import TeacherCache, teacher_fingerprint
 from limbeck.distill.teacher_cache_writer import Keeping, write_teacher_cache
 from limbeck.ops.linear_kl_reference import kl_divergence, next_token_loss

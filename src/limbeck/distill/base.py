@@ -18,6 +18,7 @@ from limbeck.errors import LimbeckError, unknown
 from limbeck.students import blocks, mixers
 
 Trainable = Literal["mixers", "blocks", "all"]
+Target = Literal["block", "mixer"]
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
 

@@ -1,7 +1,5 @@
 """MOHAWK stage 2, hidden-state alignment (METHODS 2): each student block moves towards its teacher's output."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -10,12 +8,14 @@ from limbeck.distill.base import (
     Batch,
     Losses,
     Objective,
+    Target,
     block_parameters,
     mixer_parameters,
     register_objective,
     token_mean,
 )
 from limbeck.distill.observe import LayerSignals, observe
+from limbeck.distill.teacher_states import STATES, signals_of
 from limbeck.errors import LimbeckError
 from limbeck.students import blocks, mixers, padding_keyword
 
@@ -29,15 +29,17 @@ class HiddenObjective(Objective):
     Args:
         target: ``"block"`` compares block outputs and trains whole blocks, ``"mixer"`` compares mixer outputs and
             trains the mixers alone.
+        cached: Whether the teacher's hidden states come with the batches, from a `TeacherCache`.
     """
 
     name = "hidden"
     scope = 1
 
-    def __init__(self, target: Literal["block", "mixer"] = "block"):
+    def __init__(self, target: Target = "block", cached: bool = False):
         if target not in ("block", "mixer"):
             raise LimbeckError(f"hidden target {target!r}", expected="'block' or 'mixer'")
-        self.target = target
+        self.target: Target = target
+        self.cached, self.needs_teacher = cached, not cached
 
     def trainable(self, student: PreTrainedModel) -> set[str]:
         """Parameters of the swapped blocks, or of their mixers."""
@@ -50,10 +52,13 @@ class HiddenObjective(Objective):
 
     def __call__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Losses:
         """See the class."""
-        assert teacher is not None
         swapped = list(mixers(student))
         mask = batch.get("attention_mask")
-        signals = observe(teacher, batch["input_ids"], mask, layers=swapped, logits=False)
+        if self.cached:
+            signals = signals_of(batch[STATES], student, swapped, self.target, mask)
+        else:
+            assert teacher is not None
+            signals = observe(teacher, batch["input_ids"], mask, layers=swapped, logits=False)
         distances = []
         for index in swapped:
             found, target = self._outputs(student, signals[index])  # (b, l, d) each

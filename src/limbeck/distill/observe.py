@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from limbeck.distill.base import in_own_dtype
 from limbeck.errors import LimbeckError
 from limbeck.mixers import Mixer
-from limbeck.students import attention_of, backbone, blocks, family_of, mixers
+from limbeck.students import attention_of, backbone, blocks, mixers
 
 OBSERVED = "limbeck_observed"
 
@@ -133,20 +133,6 @@ class Observation:
         return len(self.layers)
 
 
-@dataclass
-class LayerOutput:
-    """What `run_layer` returns: mixer_output (b, l, d), block_output (b, l, d) and, on demand, the mixing matrix."""
-
-    mixer_output: Tensor
-    block_output: Tensor
-    signals: LayerSignals = field(repr=False)
-
-    @property
-    def mixing_matrix(self) -> Tensor:
-        """(b, h, l, l): the mixer's matrix, or the softmax attention of a layer that kept its attention."""
-        return self.signals.matrix()
-
-
 def observe(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -169,49 +155,13 @@ def observe(
     Returns:
         The signals. Tensors are the model's own, not copies: do not change them in place.
     """
-    wanted = range(len(blocks(model))) if layers is None else [_layer_of(model, index) for index in layers]
-    padding_mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
-    record = _new_record(model, wanted, padding_mask)
-    with torch.set_grad_enabled(grad), in_own_dtype(model), _recording(model, record):
+    with torch.set_grad_enabled(grad), in_own_dtype(model), recording(model, attention_mask, layers=layers) as record:
         run = model if logits else backbone(model)
         output = run(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return Observation(record, output.logits if logits else None)
 
 
-def run_layer(
-    model: PreTrainedModel, index: int, hidden_states: Tensor, attention_mask: Tensor | None = None
-) -> LayerOutput:
-    """Run one block alone on hidden states of your own; masks and rotary embeddings are supplied.
-
-    Gradients flow, so a stage of your own is ten lines: see ``examples/mohawk_stage1.py``.
-
-    Args:
-        model: A teacher or a student.
-        index: Which block, counted from 0.
-        hidden_states: (b, l, d) input of the block, before its layer norm.
-        attention_mask: (b, l), 1 at tokens and 0 at padding.
-    """
-    layer_list, index = blocks(model), _layer_of(model, index)
-    padding_mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
-    record = _new_record(model, [index], padding_mask)
-    with ExitStack() as stack:
-        stack.enter_context(_recording(model, record))
-        stack.enter_context(_bypassed(model, keep=index))
-        # Families scale or shift their embeddings on the way to the first block: put the caller's tensor back.
-        handle = layer_list[index].register_forward_pre_hook(
-            lambda _, args, kwargs: _with_hidden_states(args, kwargs, hidden_states), with_kwargs=True, prepend=True
-        )
-        stack.callback(handle.remove)
-        backbone(model)(inputs_embeds=hidden_states, attention_mask=attention_mask, use_cache=False)
-    signals = record[index]
-    assert signals.mixer_output is not None
-    assert signals.block_output is not None
-    return LayerOutput(signals.mixer_output, signals.block_output, signals)
-
-
 # ---------------------------------------------------------------------------------------------- recording
-
-_Record = dict[int, LayerSignals]
 
 
 @dataclass(frozen=True)
@@ -225,7 +175,7 @@ class _Observed:
 _under_way: ContextVar[_Observed] = ContextVar("limbeck_observation")
 
 
-def _layer_of(model: PreTrainedModel, index: int) -> int:
+def layer_of(model: PreTrainedModel, index: int) -> int:
     """A layer's number, counted from 0; as in lists, -1 is the last."""
     count = len(blocks(model))
     if not -count <= index < count:
@@ -233,14 +183,19 @@ def _layer_of(model: PreTrainedModel, index: int) -> int:
     return index % count
 
 
-def _new_record(model: PreTrainedModel, indices: Sequence[int], padding_mask: Tensor | None) -> _Record:
-    mixer_at = mixers(model)
-    return {i: LayerSignals(i, padding_mask=padding_mask, mixer=mixer_at.get(i)) for i in indices}
+def padding_of(attention_mask: Tensor | None) -> Tensor | None:
+    """A mask (b, l) where it hides something, or None."""
+    return attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
 
 
 @contextmanager
-def _recording(model: PreTrainedModel, record: _Record) -> Iterator[None]:
-    """While open, a forward of `model` fills `record`."""
+def recording(
+    model: PreTrainedModel, attention_mask: Tensor | None = None, *, layers: Sequence[int] | None = None
+) -> Iterator[dict[int, LayerSignals]]:
+    """While open, a forward pass of `model` fills the signals that this yields, by layer; see `observe`."""
+    wanted = range(len(blocks(model))) if layers is None else [layer_of(model, index) for index in layers]
+    padding_mask, mixer_at = padding_of(attention_mask), mixers(model)
+    record = {i: LayerSignals(i, padding_mask=padding_mask, mixer=mixer_at.get(i)) for i in wanted}
     attentions = {attention_of(blocks(model)[i]): signals for i, signals in record.items()}
     config: Any = model.config
     original = config._attn_implementation
@@ -248,7 +203,7 @@ def _recording(model: PreTrainedModel, record: _Record) -> Iterator[None]:
         for attention, signals in attentions.items():
             block = blocks(model)[signals.index]
             for handle in (
-                block.register_forward_pre_hook(partial(_on_block_input, signals), with_kwargs=True, prepend=True),
+                block.register_forward_pre_hook(partial(on_block_input, signals), with_kwargs=True, prepend=True),
                 block.register_forward_hook(partial(_on_block_output, signals)),
                 attention.register_forward_pre_hook(partial(_on_mixer_input, signals), with_kwargs=True),
                 attention.register_forward_hook(partial(_on_mixer_output, signals)),
@@ -258,22 +213,15 @@ def _recording(model: PreTrainedModel, record: _Record) -> Iterator[None]:
         stack.callback(_under_way.reset, token)
         config._attn_implementation_internal = OBSERVED
         stack.callback(setattr, config, "_attn_implementation_internal", original)
-        yield
+        yield record
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _with_hidden_states(
-    args: tuple[Any, ...], kwargs: dict[str, Any], hidden_states: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (hidden_states, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden_states}
-
-
-def _on_block_input(signals: LayerSignals, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def on_block_input(signals: LayerSignals, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a block: write down what it is called with."""
     signals.block_input = _hidden_states(args, kwargs)
     by_name = dict(zip(inspect.signature(block.forward).parameters, args, strict=False)) | kwargs
     signals.block_kwargs = {name: value for name, value in by_name.items() if name != "hidden_states"}
@@ -289,32 +237,6 @@ def _on_mixer_input(signals: LayerSignals, _mixer: nn.Module, args: tuple[Any, .
 
 def _on_mixer_output(signals: LayerSignals, _mixer: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
     signals.mixer_output = output[0]
-
-
-@contextmanager
-def _bypassed(model: PreTrainedModel, keep: int) -> Iterator[None]:
-    """While open, every block but one hands its input on untouched."""
-    body, name = backbone(model), family_of(model.config).blocks
-    original = blocks(model)
-    setattr(body, name, nn.ModuleList(b if i == keep else _Bypass(b) for i, b in enumerate(original)))
-    try:
-        yield
-    finally:
-        setattr(body, name, original)
-
-
-class _Bypass(nn.Module):
-    """Stands in for a block: same attributes (some backbones read them), but its input is its output."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.__dict__["_block"] = block  # not a submodule: the weights belong to the block
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)
-
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        return hidden_states
 
 
 # ---------------------------------------------------------------------------------------------- attention

@@ -7,6 +7,7 @@ one stretch of the file, which is mapped and never read whole:
     log_rest   float32 (l,)       logarithm of the mass of all tokens that are not among the k
     ids        uint16/32 (l, k)   the k likeliest tokens
     log_probs  float16/32 (l, k)  their log-probabilities over the whole vocabulary
+    states     bfloat16/float32   hidden states (n, l, d), where they were asked for; see `teacher_states.py`
 
 ``plan.json`` says what is being made and is there from the start; ``manifest.json`` is that and the shards with their
 sizes and sha256, and is there from the end. A shard appears whole or not at all, and what it holds depends on the plan
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from limbeck.distill.base import Batch
+from limbeck.distill.teacher_states import STATES, states_field, states_tensor
 from limbeck.errors import LimbeckError
 from limbeck.files import sha256
 from limbeck.ops.linear_top_k_kl import TopK
@@ -104,18 +106,52 @@ class TeacherCache:
         Raises:
             LimbeckError: A sample is not here, or had other tokens.
         """
-        found = np.stack([self._row(int(index)) for index in indices])
-        for index, kept, seen in zip(indices, found["tokens"], token_digests(batch), strict=True):
-            if kept != seen:
+        rows = self.compare(indices, batch)
+        found = {name: np.stack([row[name] for row in rows]) for name in ("ids", "log_probs", "log_rest")}
+        log_probs, log_rest = (torch.from_numpy(found[name].astype(np.float32)) for name in ("log_probs", "log_rest"))
+        mass = torch.log(-torch.expm1(log_rest)).unsqueeze(-1)
+        log_probs = log_probs.log_softmax(dim=-1) + mass
+        return dict(zip(KEYS, (torch.from_numpy(found["ids"].astype(np.int32)), log_probs, log_rest), strict=True))
+
+    def states(self, indices: Iterable[int], batch: Batch) -> dict[str, Tensor]:
+        """What the teacher's layers took in and put out for a batch.
+
+        Args:
+            indices: The samples of the batch, by their numbers.
+            batch: Their tokens, which are compared with those that the teacher saw.
+
+        Returns:
+            ``teacher_states`` (b, n, l, d), as they are stored, for `HiddenObjective`.
+
+        Raises:
+            LimbeckError: The cache has none, a sample is not here, or had other tokens.
+        """
+        hidden = self.manifest.get("hidden")
+        if hidden is None:
+            raise LimbeckError(
+                f"{self.folder} holds no hidden states",
+                expected="a cache that was made with them",
+                hint="limbeck prepare --teacher … --hidden-states block, in a folder of its own",
+            )
+        rows = self.compare(indices, batch)
+        return {STATES: states_tensor([row["states"] for row in rows], hidden["stored"])}
+
+    def compare(self, indices: Iterable[int], batch: Batch) -> list[Any]:
+        """Find the rows of a batch, of which nothing is read but their digests.
+
+        Raises:
+            LimbeckError: A sample is not here, or had other tokens.
+        """
+        rows = []
+        for index, seen in zip(indices, token_digests(batch), strict=True):
+            rows.append(self._row(int(index)))
+            if rows[-1]["tokens"] != seen:
                 raise LimbeckError(
                     f"sample {index} has other tokens than {self.folder} was made from",
                     expected=f"the data it was made from, {self.manifest['data']}, and its tokenizer",
                     hint=AGAIN,
                 )
-        log_probs, log_rest = (torch.from_numpy(found[name].astype(np.float32)) for name in ("log_probs", "log_rest"))
-        mass = torch.log(-torch.expm1(log_rest)).unsqueeze(-1)
-        log_probs = log_probs.log_softmax(dim=-1) + mass
-        return dict(zip(KEYS, (torch.from_numpy(found["ids"].astype(np.int32)), log_probs, log_rest), strict=True))
+        return rows
 
     def _row(self, index: int) -> Any:
         if not 0 <= index < len(self):
@@ -147,8 +183,8 @@ def token_digests(batch: Batch) -> np.ndarray:
     return np.array([int.from_bytes(digest.digest(), "little") for digest in digests], np.uint64)
 
 
-def row_dtype(length: int, k: int, vocabulary: int, stored: str) -> np.dtype:
-    """The type of a sample's row."""
+def row_dtype(length: int, k: int, vocabulary: int, stored: str, hidden: dict[str, Any] | None = None) -> np.dtype:
+    """The type of a sample's row; `hidden` is of `describe_states`, where there are hidden states."""
     ids = "<u2" if vocabulary <= 2**16 else "<u4"
     log_probs = {"float16": "<f2", "float32": "<f4"}[stored]
     return np.dtype(
@@ -157,13 +193,15 @@ def row_dtype(length: int, k: int, vocabulary: int, stored: str) -> np.dtype:
             ("log_rest", "<f4", (length,)),
             ("ids", ids, (length, k)),
             ("log_probs", log_probs, (length, k)),
+            *([] if hidden is None else [states_field(hidden, length)]),
         ]
     )
 
 
 def row_of(plan: dict[str, Any]) -> np.dtype:
     """The type of a row, by what a plan or a manifest says."""
-    return row_dtype(plan["sequence_length"], plan["top_k"], plan["vocabulary"], plan["stored"])
+    sizes = plan["sequence_length"], plan["top_k"], plan["vocabulary"]
+    return row_dtype(*sizes, plan["stored"], plan.get("hidden"))
 
 
 def teacher_fingerprint(source: str | Path) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from transformers import PreTrainedModel
 
 from limbeck.distill.base import Batch, in_own_dtype
 from limbeck.distill.head import Predictions, inputs_of, predict
+from limbeck.distill.observe import recording
 from limbeck.distill.teacher_cache import FORMAT, MANIFEST, PLAN, TeacherCache, row_dtype, row_of, token_digests
+from limbeck.distill.teacher_states import describe_states, states_of
 from limbeck.errors import LimbeckError
 from limbeck.files import replacing, sha256, write_text
 from limbeck.ops.linear_top_k_kl import TopK, head_top_k, top_k_of_logits
 
-SHARD_BYTES = 256 << 20
+SHARD_BYTES, LEAST_SAMPLES = 256 << 20, 8
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,17 @@ class Keeping:
         top_k: k, how many tokens.
         temperature: Divides the logits, as it does in the stage that reads them.
         stored: ``"float16"`` or ``"float32"``, of the log-probabilities.
-        shard_samples: Samples in a shard; by default as many as make 256 MiB.
+        shard_samples: Samples in a shard; by default as many as make 256 MiB, and at least 8.
+        hidden: ``"block"`` or ``"mixer"`` for the hidden states that a `HiddenObjective` of this target reads.
+        hidden_stored: ``"bfloat16"`` or ``"float32"``, of the hidden states.
     """
 
     top_k: int = 64
     temperature: float = 1.0
     stored: str = "float16"
     shard_samples: int | None = None
+    hidden: str | None = None
+    hidden_stored: str = "bfloat16"
 
 
 LIKELIEST = Keeping()
@@ -52,8 +60,9 @@ def write_teacher_cache(
     keeping: Keeping = LIKELIEST,
     batch_size: int = 8,
     report: Callable[[int], None] = lambda samples: None,
+    note: Callable[[str], None] = lambda sentence: None,
 ) -> "TeacherCache":
-    """Run a teacher over samples and keep its likeliest tokens, or go on with it.
+    """Run a teacher over samples and keep its likeliest tokens, and its hidden states, or go on with it.
 
     Args:
         folder: Where; it may be what a killed call has left.
@@ -65,16 +74,18 @@ def write_teacher_cache(
         keeping: What is kept.
         batch_size: Samples in a forward pass.
         report: Called with the samples done.
+        note: Called with a sentence that says how large it gets, before anything is written.
 
     Returns:
         The cache.
 
     Raises:
-        LimbeckError: Another cache lies there, another process is at work, k does not suit the vocabulary, or the
-            teacher's predictions are not finite.
+        LimbeckError: Another cache lies there, another process is at work, k does not suit the vocabulary, the disk
+            has not the room, or the teacher's predictions are not finite.
     """
     folder = Path(folder)
     plan = _plan(teacher, batch_of, samples, about, keeping)
+    _check_room(folder, plan, note)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", blocking=False)
     try:
@@ -101,7 +112,8 @@ def _plan(
         raise LimbeckError(f"temperature = {keeping.temperature}", expected="a number above 0")
     first = batch_of(range(1))
     length = first["input_ids"].shape[1]
-    row = row_dtype(length, keeping.top_k, vocabulary, keeping.stored).itemsize
+    hidden = None if keeping.hidden is None else describe_states(teacher, keeping.hidden, keeping.hidden_stored)
+    row = row_dtype(length, keeping.top_k, vocabulary, keeping.stored, hidden).itemsize
     return {
         "format": FORMAT,
         **about,
@@ -113,9 +125,28 @@ def _plan(
         "top_k": keeping.top_k,
         "temperature": float(keeping.temperature),
         "stored": keeping.stored,
+        "hidden": hidden,
         "computed": str(teacher.dtype).removeprefix("torch."),
-        "shard_samples": keeping.shard_samples or max(1, SHARD_BYTES // row),
+        "shard_samples": keeping.shard_samples or max(LEAST_SAMPLES, SHARD_BYTES // row),
     }
+
+
+def _check_room(folder: Path, plan: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Say how large the cache gets, and refuse where what is still to be written does not fit on the disk."""
+    row, written = row_of(plan).itemsize, sum(path.stat().st_size for path in folder.glob("shard-*.npy"))
+    whole, each = plan["samples"] * row, row / plan["sequence_length"]
+    disk = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    left, free = max(0, whole - written), shutil.disk_usage(disk).free
+    note(
+        f"teacher cache: {each:,.0f} bytes a token, {each / 1e3:.3g} GB for a million tokens; "
+        f"{whole / 1e9:.3g} GB in all, {left / 1e9:.3g} GB to be written, {free / 1e9:.3g} GB free"
+    )
+    if left > free:
+        raise LimbeckError(
+            f"{free / 1e9:.3g} GB free at {disk}",
+            expected=f"{left / 1e9:.3g} GB for {plan['samples']:,} samples",
+            hint="fewer --samples, a lower --top-k, no --hidden-states, or another disk",
+        )
 
 
 def _begin(folder: Path, plan: dict[str, Any]) -> None:
@@ -173,8 +204,12 @@ def _predicted(rows: np.ndarray, teacher: PreTrainedModel, batch: Batch, plan: d
             return top_k_of_logits(found.states, plan["top_k"], plan["temperature"])
         return head_top_k(found.states, found.head, plan["top_k"], plan["temperature"])
 
-    with in_own_dtype(teacher):
+    hidden = plan["hidden"]
+    with in_own_dtype(teacher), ExitStack() as stack:
+        signals = {} if hidden is None else stack.enter_context(recording(teacher, batch.get("attention_mask")))
         top = predict(teacher, inputs_of(batch), kept)
+    if hidden is not None:
+        rows["states"] = states_of(signals, hidden)
     if not top.log_probs.isfinite().all():
         raise LimbeckError(
             "the teacher's predictions are not finite",

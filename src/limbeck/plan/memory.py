@@ -23,10 +23,11 @@ class Memory:
 
     Attributes:
         student: Its parameters, in float32.
-        teacher: Its parameters, in the number format of the computation; in float32 where it learns.
+        teacher: Its parameters, in the number format of the computation; in float32 where it learns. Of one that is
+            offloaded those outside of its layers.
         gradients: Of what learns, in float32.
         optimizer: The momenta of what learns, in float32.
-        gathered: What is whole for a while of what is sharded; 0 where nothing is.
+        gathered: What is whole for a while of what is sharded or offloaded; 0 where nothing is.
         activations: What the backward pass needs of the forward pass, and the teacher's signals; None: not known.
         workspace: Operands in the other number format, gradients of activations, logits of some tokens at a time.
     """
@@ -52,6 +53,8 @@ def memory_of(
     learned: int,
     traced: Trace | None,
     shards: int,
+    *,
+    offloaded: bool = False,
 ) -> Memory:
     """The fullest moment: within a micro-batch or, where activations are few, at the optimiser's step.
 
@@ -62,33 +65,45 @@ def memory_of(
         learned: Parameters that have momenta.
         traced: A micro-batch; None where it cannot be traced.
         shards: How many GPUs share one copy of the models.
+        offloaded: Whether the layers of a frozen teacher lie in the host's memory.
     """
+    stays = [] if teacher is None else _staying(teacher, offloaded)
     gradients, activations, workspace = learned * WIDE // shards, None, None
     if traced is not None:
         moment = traced.gradients // shards, traced.activations, traced.workspace
         gradients, activations, workspace = max(moment, (gradients, 0, 0), key=sum)
     return Memory(
         student=_bytes(student.parameters()) // shards,
-        teacher=0 if teacher is None else _bytes(teacher.parameters()) // shards,
+        teacher=_bytes(stays) // shards,
         gradients=gradients,
         optimizer=MOMENTA * learned * WIDE // shards,
-        gathered=0 if shards == 1 else _gathered(step, student, teacher),
+        gathered=_gathered(step, student, teacher, shared=shards > 1, offloaded=offloaded),
         activations=activations,
         workspace=workspace,
     )
 
 
-def _gathered(step: StageStep, student: PreTrainedModel, teacher: PreTrainedModel | None) -> int:
-    """Bytes of sharded parameters that are whole at once, by the rules of `limbeck.training.shard`.
+def _staying(teacher: PreTrainedModel, offloaded: bool) -> list[nn.Parameter]:
+    """The parameters of a teacher that are on the GPU all the time."""
+    away = set(map(id, blocks(teacher).parameters())) if offloaded else set()
+    return [parameter for parameter in teacher.parameters() if id(parameter) not in away]
+
+
+def _gathered(
+    step: StageStep, student: PreTrainedModel, teacher: PreTrainedModel | None, *, shared: bool, offloaded: bool
+) -> int:
+    """Bytes of parameters that are whole at once, by the rules of `limbeck.training.shard` and `offload_layers`.
 
     The units that stay so after their forward pass; of the others the greatest, the one that is fetched ahead of it,
     and its gradient.
     """
-    units = step.objective.units(student)
-    staying = [unit for unit in units if unit is student or any(hasattr(unit, name) for name in FORWARD_METHODS)]
-    found = _whole(units, staying, ahead=3)
-    if teacher is not None:
-        outer = [backbone(teacher), teacher.get_output_embeddings()]
+    found = 0
+    if shared:
+        units = step.objective.units(student)
+        staying = [unit for unit in units if unit is student or any(hasattr(unit, name) for name in FORWARD_METHODS)]
+        found += _whole(units, staying, ahead=3)
+    if teacher is not None and (shared or offloaded):
+        outer = [backbone(teacher), teacher.get_output_embeddings()] if shared else []
         found += _whole([*blocks(teacher), *outer], outer, ahead=2)
     return found
 

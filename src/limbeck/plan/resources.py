@@ -14,11 +14,13 @@ from limbeck.distill import Guide, GuidedStep, StageStep, TargetGuide, Trajector
 from limbeck.distill.head import take_as_described
 from limbeck.errors import LimbeckError, unknown
 from limbeck.ops.backends import has_triton
+from limbeck.plan.cached import cache_is_there, cached_signals, manifest_of
 from limbeck.plan.cards import MeasuredCard, card_named
 from limbeck.plan.memory import WIDE, Memory, count, memory_of, total_of
 from limbeck.plan.shapes import config_of, student_of_shape, teacher_of_shape
 from limbeck.plan.trace import Trace, fake, trace, without_data
-from limbeck.recipes.placement import BYTES_LEARNED, COPY_SHARE, has_companion
+from limbeck.recipes.cached import cached_options
+from limbeck.recipes.placement import COPY_SHARE, copies_of
 from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe
 from limbeck.recipes.stages import cache_of
 
@@ -37,11 +39,11 @@ class Phase:
 
     Attributes:
         updates: How many.
-        teacher: Whether there is one, and whether it learns.
+        teacher: Whether there is one, and whether it learns, or has left what it said in a cache.
     """
 
     updates: int
-    teacher: Literal["none", "frozen", "learns"]
+    teacher: Literal["none", "frozen", "learns", "cached"]
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,9 @@ def _is_sharded(recipe: Recipe, config: PretrainedConfig, parallel: str, card: M
         return parallel == "fsdp"
     if card is None:
         return False
-    teacher = teacher_of_shape(config, torch.float32).num_parameters()
-    student = student_of_shape(config, recipe).num_parameters()
-    each = BYTES_LEARNED if has_companion(recipe) else WIDE if recipe.precision == "float32" else HALF
-    return student * BYTES_LEARNED + teacher * each > COPY_SHARE * card.memory
+    student, teacher = student_of_shape(config, recipe), teacher_of_shape(config, torch.float32)
+    itemsize = WIDE if recipe.precision == "float32" else HALF
+    return copies_of(recipe, student, teacher, itemsize) > COPY_SHARE * card.memory
 
 
 def _stage(
@@ -168,7 +169,8 @@ def phases_of(stage: AnyStage) -> list[Phase]:
     """With which teachers a stage's updates are made."""
     guided, rest = stage.guided_steps, stage.steps - stage.guided_steps
     learning = guided // stage.teacher_update_every if isinstance(stage, LayerwiseStage) and _learns(stage) else 0
-    phases = [Phase(learning, "learns"), Phase(guided - learning, "frozen"), Phase(rest, "none")]
+    steady = "frozen" if cache_of(stage) is None else "cached"
+    phases = [Phase(learning, "learns"), Phase(guided - learning, steady), Phase(rest, "none")]
     return [phase for phase in phases if phase.updates]
 
 
@@ -189,9 +191,11 @@ def _phase(
     half = None if recipe.precision == "float32" else torch.bfloat16
     student = student_of_shape(config, recipe)
     kind = torch.float32 if half is None or _learns(stage) else half
-    teacher = None if phase.teacher == "none" else teacher_of_shape(teacher_config, kind)
+    teacher = teacher_of_shape(teacher_config, kind) if phase.teacher in ("frozen", "learns") else None
     mode = fake()
-    step = _step(stage, phase, student, teacher, mode)
+    cached = manifest_of(stage, teacher_config) if phase.teacher == "cached" else None
+    options = {} if cached is None else cached_options(stage, cached)
+    step = _step(stage, phase, student, teacher, mode, options)
     learned = count(student.parameters(), learning=True)
     if teacher is not None and _learns(stage):  # its momenta stay while it waits
         learned += count(teacher.parameters())
@@ -199,7 +203,14 @@ def _phase(
     traced = None
     if has_triton():
         traced = trace(
-            step, teacher, mode, micro_batch=micro_batch, length=length, autocast=half, again=accumulation > 1
+            step,
+            teacher,
+            mode,
+            micro_batch=micro_batch,
+            length=length,
+            autocast=half,
+            again=accumulation > 1,
+            signals=lambda: {} if cached is None else cached_signals(stage, cached, micro_batch, length),
         )
     seconds = None
     if traced is not None and cluster.card is not None and half is not None:
@@ -211,7 +222,9 @@ def _phase(
             "learning": count(student.parameters(), learning=True),
             "teacher": 0 if teacher is None else count(teacher.parameters()),
         },
-        "memory": memory_of(step, student, teacher, learned, traced, cluster.shards),
+        "memory": memory_of(
+            step, student, teacher, learned, traced, cluster.shards, offloaded=recipe.engine.offload_teacher
+        ),
         "flops": None if traced is None else traced.flops * accumulation * cluster.gpus,
         "launches": None if traced is None else len(traced.calls) * accumulation,
         "seconds": seconds,
@@ -225,14 +238,19 @@ def seconds_of(traced: Trace, objective: str, card: MeasuredCard) -> float:
 
 
 def _step(
-    stage: AnyStage, phase: Phase, student: PreTrainedModel, teacher: PreTrainedModel | None, mode: FakeTensorMode
+    stage: AnyStage,
+    phase: Phase,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    mode: FakeTensorMode,
+    options: dict[str, Any],
 ) -> StageStep:
     """The stage's step module, as `limbeck.recipes.driver` makes it, of models without data."""
     for model in (student, teacher):
         if model is not None:
             without_data(model, mode)
             take_as_described(model)
-    objective = make_objective(stage.objective, **stage.objective_options())
+    objective = make_objective(stage.objective, **stage.objective_options(), **options)
     with mode:  # an objective may try what it reaches
         if not isinstance(stage, LayerwiseStage):
             return StageStep(student, objective, teacher, stage.trainable)
@@ -248,8 +266,9 @@ def _step(
 
 def _unknown(recipe: Recipe, cluster: Cluster) -> Iterator[str]:
     """What the numbers leave out, in sentences."""
-    if any(map(cache_of, recipe.stages.values())):
-        yield "what teacher_cache spares: its stages are planned as if the teacher ran"
+    for name, stage in recipe.stages.items():
+        if cache_of(stage) is not None and not cache_is_there(stage):
+            yield f"the teacher cache of stages.{name}: it is not there, and planned as prepare makes one by default"
     if not has_triton():
         yield "activations, arithmetic and speed: they need the triton package, which there is for Linux"
     if cluster.card is None:

@@ -13,7 +13,7 @@ MEMORY = {
     "teacher": "teacher",
     "gradients": "gradients",
     "optimizer": "optimiser",
-    "gathered": "gathered from other GPUs",
+    "gathered": "gathered while needed",
     "activations": "activations",
     "workspace": "workspace",
 }

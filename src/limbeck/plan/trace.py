@@ -7,6 +7,7 @@ family, a mixer or an objective is kept beside its code, and a plan follows the 
 """
 
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,7 @@ def trace(
     length: int,
     autocast: torch.dtype | None,
     again: bool,
+    signals: Callable[[], dict[str, Tensor]] = dict,
 ) -> Trace:
     """Run a micro-batch through a step module whose models are without data.
 
@@ -111,6 +113,7 @@ def trace(
         length: l.
         autocast: What is computed in; None: in float32.
         again: Whether gradients of an earlier micro-batch are there already.
+        signals: Gives what a batch carries beside its tokens; called in the mode.
     """
     watch = _Watch()
     models = [step] if teacher is None else [step, teacher]
@@ -127,13 +130,14 @@ def trace(
         ids = torch.zeros(micro_batch, length, dtype=torch.long)
         watch.calls.clear()
         with _WideUnderAutocast(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            losses = step({"input_ids": ids, "labels": ids})
+            batch = {"input_ids": ids, "labels": ids, **signals()}  # is there until the update is over
+            losses = step(batch)
         held = watch.live - watch.gradients
         total = sum(loss for loss in losses.values() if loss.requires_grad)
         del losses
         assert isinstance(total, Tensor)
         total.backward()
-        del total
+        del total, batch
     activations = min(held, watch.peak - watch.peak_gradients)
     workspace = watch.peak - watch.peak_gradients - activations
     return Trace(watch.peak_gradients, activations, workspace, tuple(watch.calls))

@@ -1,10 +1,13 @@
 """Teacher caches of a recipe: how one is made, which a stage reads, and what it must have been made from."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from limbeck.data import Samples, collate, open_samples
 from limbeck.devices import choose_device, choose_dtype
@@ -14,7 +17,7 @@ from limbeck.distill.teacher_cache_writer import LIKELIEST
 from limbeck.errors import LimbeckError
 from limbeck.files import sha256
 from limbeck.progress import make_progress, say
-from limbeck.recipes.schema import Recipe
+from limbeck.recipes.schema import AnyStage, HiddenStage, Recipe
 from limbeck.recipes.stages import cache_of
 from limbeck.students import load_config, load_model, load_tokenizer
 
@@ -32,7 +35,7 @@ def cache_teacher(
     device: str | None = None,
     dtype: str | None = None,
 ) -> TeacherCache:
-    """Run a teacher over the samples of a source and keep its likeliest tokens; see `write_teacher_cache`.
+    """Run a teacher over the samples of a source and keep what it predicts; see `write_teacher_cache`.
 
     Args:
         folder: The cache's.
@@ -74,6 +77,7 @@ def cache_teacher(
             keeping=keeping,
             batch_size=batch_size,
             report=lambda done: progress.update(done, {}),
+            note=say,
         )
 
 
@@ -85,8 +89,22 @@ def cache_identities(recipe: Recipe) -> dict[str, str]:
     }
 
 
+def cached_options(stage: AnyStage, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the objective of a stage that reads a cache is made with, beside the stage's own options."""
+    return {"cached": True} if isinstance(stage, HiddenStage) else {"cached_vocabulary": manifest["vocabulary"]}
+
+
+def completed(stage: AnyStage) -> Callable[[int, np.ndarray, dict[str, Tensor]], dict[str, Tensor]] | None:
+    """What a stage's teacher cache adds to its micro-batches, in the updates that are guided; None without a cache."""
+    if (folder := cache_of(stage)) is None:
+        return None
+    cache = TeacherCache(folder)
+    read = cache.states if isinstance(stage, HiddenStage) else cache.rows
+    return lambda step, indices, batch: read(indices, batch) if step < stage.guided_steps else {}
+
+
 def check_caches(recipe: Recipe, teacher: str, training: Samples, sources: int) -> None:
-    """Refuse caches of another teacher, length, temperature or text than the stages that read them have.
+    """Refuse caches of another teacher, length, temperature or text than the stages that read them have, or of less.
 
     Of the text the first and the last sample are compared here, and every other one when it is read.
 
@@ -116,13 +134,16 @@ def check_caches(recipe: Recipe, teacher: str, training: Samples, sources: int) 
         needed = len(training) if recipe.data.samples is None else min(len(training), recipe.data.samples)
         _same(cache, name, "teacher", cache.manifest["fingerprint"], fingerprints[source], source)
         _same(cache, name, "sequence_length", cache.manifest["sequence_length"], recipe.data.sequence_length)
-        temperature = getattr(stage, "temperature", 1.0)
-        if not math.isclose(cache.manifest["temperature"], temperature):
-            _same(cache, name, "temperature", cache.manifest["temperature"], temperature)
+        if isinstance(stage, HiddenStage):
+            _same(cache, name, "--hidden-states", (cache.manifest.get("hidden") or {}).get("target"), stage.target)
+        else:
+            temperature = getattr(stage, "temperature", 1.0)
+            if not math.isclose(cache.manifest["temperature"], temperature):
+                _same(cache, name, "temperature", cache.manifest["temperature"], temperature)
         if len(cache) < needed:
             _same(cache, name, "samples", len(cache), needed)
         for index in {0, needed - 1}:
-            cache.rows([index], collate(training, [index]))
+            cache.compare([index], collate(training, [index]))
 
 
 def _same(cache: TeacherCache, stage: str, what: str, found: Any, expected: Any, shown: str | None = None) -> None:

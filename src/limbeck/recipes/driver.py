@@ -2,14 +2,13 @@
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from limbeck.errors import LimbeckError
 from limbeck.evaluation import agreement, perplexity
 from limbeck.mixers import Mixer
 from limbeck.progress import console, say
+from limbeck.recipes.cached import cached_options, completed
 from limbeck.recipes.folder import RunFolder, RunPaths
 from limbeck.recipes.placement import mesh_of
 from limbeck.recipes.schema import AnyStage, EngineTable, LayerwiseStage, Recipe, Stage
@@ -75,7 +75,7 @@ class Driver:
         half = "bfloat16" if self.device.type == "cuda" else "float32"
         self.autocast = PRECISIONS[half if recipe.precision == "auto" else recipe.precision]
         self.mesh = mesh_of(recipe, teacher, run.stage(0, CONVERTED) / "student", self.autocast, world)
-        self.teachers = Teachers(teacher, self.autocast, self.device, self.mesh)
+        self.teachers = Teachers(teacher, self.autocast, self.device, self.mesh, recipe.engine)
         self._trackers: Trackers | None = None
 
     def __enter__(self) -> Self:
@@ -109,7 +109,8 @@ class Driver:
                 raise LimbeckError(
                     f"stage {name}: out of memory with one sample in a micro-batch",
                     expected=f"memory for {self.recipe.data.sequence_length} tokens, the model and its optimiser",
-                    hint='engine.parallel = "fsdp" over more GPUs, or a smaller data.sequence_length',
+                    hint='engine.offload_teacher = true, engine.parallel = "fsdp" over more GPUs, or a smaller '
+                    "data.sequence_length",
                 )
             say(f"{name}: out of memory with micro-batches of {micro_batch} samples; going on with {smaller}")
             micro_batch = smaller
@@ -139,7 +140,7 @@ class Driver:
                     optimizer,
                     stage=name,
                     batches=micro_batches(
-                        self.samples.training, sampler, micro_batch, **share, complete=predicted(stage)
+                        self.samples.training, sampler, micro_batch, **share, complete=completed(stage)
                     ),
                     schedule=stage.learning_rate,
                     total_steps=stage.steps,
@@ -172,7 +173,7 @@ class Driver:
         folder, options = cache_of(stage), stage.objective_options()
         if folder is not None:
             self.teachers.release()
-            options["cached_vocabulary"] = TeacherCache(folder).vocabulary
+            options |= cached_options(stage, TeacherCache(folder).manifest)
         objective = make_objective(stage.objective, **options)
         if not isinstance(stage, LayerwiseStage):
             teacher = self.teachers.of(stage) if objective.needs_teacher else None
@@ -235,14 +236,6 @@ class Driver:
             self.run.publish(index, name, write, **facts)
 
         self.world.first(publish)
-
-
-def predicted(stage: AnyStage) -> Callable[[int, np.ndarray, dict[str, Tensor]], dict[str, Tensor]] | None:
-    """What a stage's teacher cache adds to its micro-batches, in the updates that are guided; None without a cache."""
-    if (folder := cache_of(stage)) is None:
-        return None
-    cache = TeacherCache(folder)
-    return lambda step, indices, batch: cache.rows(indices, batch) if step < stage.guided_steps else {}
 
 
 def optimizer_of(step: StageStep, stage: Stage) -> torch.optim.AdamW:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from limbeck.errors import LimbeckError
 from limbeck.progress import say
-from limbeck.recipes.schema import LayerwiseStage, Recipe
-from limbeck.students import load_config
+from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe
+from limbeck.recipes.stages import cache_of
+from limbeck.students import blocks, load_config
 from limbeck.training import World
 
 BYTES_LEARNED = 16
@@ -30,9 +31,8 @@ def mesh_of(
     if world.size == 1 or recipe.engine.parallel == "ddp":
         return None
     if recipe.engine.parallel == "auto":
-        learning = parameters_of(student) * BYTES_LEARNED
-        each = BYTES_LEARNED if has_companion(recipe) else (autocast or torch.float32).itemsize
-        needed = learning + parameters_of(teacher) * each
+        itemsize = (autocast or torch.float32).itemsize
+        needed = copies_of(recipe, model_of(student), model_of(teacher), itemsize)
         room = torch.cuda.mem_get_info(world.device)[1] if world.device.type == "cuda" else math.inf
         if not world.agree([needed > COPY_SHARE * room])[0]:
             return None
@@ -46,12 +46,40 @@ def mesh_of(
     return world.mesh(recipe.engine.shard_size)
 
 
+def copies_of(recipe: Recipe, student: PreTrainedModel, teacher: PreTrainedModel, itemsize: int) -> int:
+    """Bytes of what a process holds that shares nothing: parameters, gradients and momenta, and the teacher.
+
+    Args:
+        recipe: Of the run.
+        student: Its shape; it needs no data.
+        teacher: Likewise.
+        itemsize: Bytes of a number that a frozen teacher computes with.
+    """
+    learning = student.num_parameters() * BYTES_LEARNED
+    if not any(holds_teacher(recipe, stage) for stage in recipe.stages.values()):
+        return learning
+    if has_companion(recipe):
+        return learning + teacher.num_parameters() * BYTES_LEARNED
+    stays = teacher.num_parameters()
+    if recipe.engine.offload_teacher:
+        stays -= sum(parameter.numel() for parameter in blocks(teacher).parameters())
+    return learning + stays * itemsize
+
+
+def holds_teacher(recipe: Recipe, stage: AnyStage) -> bool:
+    """Whether a stage has a teacher in memory: to learn from it, or to compare with it in evaluations."""
+    if cache_of(stage) is not None:
+        return False
+    compared = bool(recipe.evaluation.every) and not isinstance(stage, LayerwiseStage)
+    return compared or stage.guided_steps > 0
+
+
 def has_companion(recipe: Recipe) -> bool:
     """Whether a teacher learns in some stage."""
     return any(isinstance(stage, LayerwiseStage) and stage.guidance == "trajectory" for stage in recipe.stages.values())
 
 
-def parameters_of(source: str | Path) -> int:
-    """How many parameters a checkpoint's model has, by its configuration."""
+def model_of(source: str | Path) -> PreTrainedModel:
+    """A checkpoint's model by its configuration, without data."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(source)).num_parameters()
+        return AutoModelForCausalLM.from_config(load_config(source))

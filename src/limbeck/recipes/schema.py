@@ -120,6 +120,9 @@ class EngineTable(Table):
         shard_size: Processes that share one copy; left out, all.
         async_save: Whether training goes on while a checkpoint is written; left out, on a GPU.
         keep_last: How many of the last checkpoints are kept.
+        offload_teacher: Whether a frozen teacher's layers lie in the host's memory, and each is on the GPU only while
+            it computes.
+        compile_teacher: Whether the MLPs and norms of a frozen teacher are compiled, which takes a while at the start.
         max_nonfinite: After so many updates in a row that are not finite the run stops.
         log_every: Updates whose figures are fetched from a GPU together.
     """
@@ -128,6 +131,8 @@ class EngineTable(Table):
     shard_size: Count | None = None
     async_save: bool | None = None
     keep_last: Count = 2
+    offload_teacher: bool = False
+    compile_teacher: bool = False
     max_nonfinite: Count = 10
     log_every: Count = 10
 
@@ -227,6 +232,18 @@ class Recipe(Table):
                     f"stages.{after} ({second.objective}) comes after stages.{before} ({first.objective})",
                     expected="a scope that never shrinks: matrix → hidden → logits or layerwise",
                     hint="swap the two tables: stages run in the order in which the file names them",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _learning_teachers_stay_as_they_are(self) -> Self:
+        keys = [key for key in ("offload_teacher", "compile_teacher") if getattr(self.engine, key)]
+        for name, stage in self.stages.items():
+            if keys and isinstance(stage, LayerwiseStage) and stage.guidance == "trajectory":
+                raise LimbeckError(
+                    f'engine.{keys[0]} with stages.{name}.guidance = "trajectory"',
+                    expected="a frozen teacher: one that learns has a backward pass too, and dropout",
+                    hint=f"engine.{keys[0]} = false",
                 )
         return self
 

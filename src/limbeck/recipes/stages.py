@@ -203,10 +203,13 @@ class HiddenStage(Stage):
 
     Attributes:
         target: Whether block outputs are compared, and whole blocks learn, or mixer outputs and the mixers learn.
+        teacher_cache: Folder with the teacher's hidden states, of ``limbeck prepare --teacher --hidden-states``,
+            instead of the teacher.
     """
 
     objective: Literal["hidden"]
     target: Literal["block", "mixer"] = "block"
+    teacher_cache: str | None = None
 
     def objective_options(self) -> dict[str, Any]:
         """What the stage's objective is made with."""
@@ -269,7 +272,7 @@ class LayerwiseStage(Stage):
         teacher_update_every: It is updated in every so many-th update of the student.
         waypoints: Checkpoints to walk through: a folder of them, or a list; spread evenly over the guided updates.
         teacher_cache: Folder with the target's predictions, of ``limbeck prepare --teacher``, instead of the teacher;
-            for ``alpha_logits`` alone, since it holds no layers.
+            for ``alpha_logits`` alone: layers are not read from it.
     """
 
     objective: Literal["layerwise"]
@@ -338,7 +341,7 @@ class LayerwiseStage(Stage):
             raise refuse(
                 f"teacher_cache with guidance = {self.guidance!r}, alpha_layer = {self.alpha_layer}, "
                 f"alpha_logits = {self.alpha_logits}",
-                'guidance = "target", alpha_layer = 0 and alpha_logits above 0: it holds no layers, and one teacher',
+                'guidance = "target", alpha_layer = 0 and alpha_logits above 0: layers are not read from it',
             )
         return self
 
@@ -354,7 +357,7 @@ SCOPES: Mapping[str, int] = MappingProxyType({"matrix": 0, "hidden": 1, "logits"
 
 def cache_of(stage: Stage) -> str | None:
     """The teacher cache that a stage reads, or None."""
-    return stage.teacher_cache if isinstance(stage, LogitsStage | LayerwiseStage) else None
+    return stage.teacher_cache if isinstance(stage, HiddenStage | LogitsStage | LayerwiseStage) else None
 
 
 AnyStage = Annotated[MatrixStage | HiddenStage | LogitsStage | LayerwiseStage, Field(discriminator="objective")]

@@ -11,9 +11,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from limbeck.distill import Guide, TargetGuide, TrajectoryGuide, WaypointGuide, check_vocabularies
 from limbeck.errors import LimbeckError
 from limbeck.recipes.given import checkpoint_identity
-from limbeck.recipes.schema import AnyStage, LayerwiseStage, Recipe
+from limbeck.recipes.schema import AnyStage, EngineTable, LayerwiseStage, Recipe
 from limbeck.students import blocks, load_config, load_model
-from limbeck.training import Companion, make_adamw, make_schedule, parameter_groups, shard, shard_teacher
+from limbeck.training import (
+    Companion,
+    compile_layers,
+    make_adamw,
+    make_schedule,
+    offload_layers,
+    parameter_groups,
+    shard,
+    shard_teacher,
+)
 
 
 class Teachers:
@@ -24,10 +33,19 @@ class Teachers:
         autocast: What the computation is in; a frozen teacher is loaded as that.
         device: Where to put them.
         mesh: The processes that share them; None where each holds its own.
+        engine: Whether frozen ones are offloaded, or compiled.
     """
 
-    def __init__(self, source: str, autocast: torch.dtype | None, device: torch.device, mesh: DeviceMesh | None = None):
+    def __init__(
+        self,
+        source: str,
+        autocast: torch.dtype | None,
+        device: torch.device,
+        mesh: DeviceMesh | None = None,
+        engine: EngineTable | None = None,
+    ):
         self.source, self.dtype, self.device, self.mesh = source, autocast or torch.float32, device, mesh
+        self.engine = engine or EngineTable()
         self._kept: tuple[str, PreTrainedModel] | None = None
 
     def of(self, stage: AnyStage) -> PreTrainedModel:
@@ -44,10 +62,14 @@ class Teachers:
 
     def _load(self, source: str) -> PreTrainedModel:
         """A frozen teacher."""
-        if self.mesh is None:
-            return load_model(source, dtype=self.dtype, device=self.device)
-        teacher = load_model(source, dtype=self.dtype)
-        shard_teacher(teacher, self.mesh)
+        offload = self.engine.offload_teacher
+        teacher = load_model(source, dtype=self.dtype, device=None if self.mesh or offload else self.device)
+        if self.mesh is not None:
+            shard_teacher(teacher, self.mesh, offload=offload)
+        elif offload:
+            offload_layers(teacher, self.device)
+        if self.engine.compile_teacher:
+            compile_layers(teacher)
         return teacher
 
     def _load_to_learn(self, source: str) -> PreTrainedModel:

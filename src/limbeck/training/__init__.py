@@ -1,9 +1,11 @@
 """Training: one stage's loop, its optimiser, schedule, checkpoints and metrics. Plain arguments, never a recipe."""
 
 from limbeck.training.checkpoint import Checkpoints
+from limbeck.training.compiled import compile_layers
 from limbeck.training.distributed import World
 from limbeck.training.guards import Limits
 from limbeck.training.loop import StageResult, TrainingInterrupted, train_stage
+from limbeck.training.offload import offload_layers
 from limbeck.training.optim import GroupSummary, learning_summary, learning_table, make_adamw, parameter_groups
 from limbeck.training.parallel import is_sharded, settle, shard, shard_step, shard_teacher, whole_weights
 from limbeck.training.schedule import Schedule, make_schedule
@@ -28,12 +30,14 @@ __all__ = [
     "TrainingState",
     "World",
     "check_trackers",
+    "compile_layers",
     "is_sharded",
     "learning_summary",
     "learning_table",
     "load_learned",
     "make_adamw",
     "make_schedule",
+    "offload_layers",
     "open_trackers",
     "parameter_groups",
     "read_metrics",

@@ -13,7 +13,13 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -30,7 +36,12 @@ FORWARD_METHODS = ("matrix_factors", "mixing_matrix")
 
 
 def shard(
-    model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, *, stay_gathered: Collection[nn.Module] = ()
+    model: nn.Module,
+    units: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    stay_gathered: Collection[nn.Module] = (),
+    offloaded: Collection[nn.Module] = (),
 ) -> None:
     """Spread a model's parameters over the processes of a mesh, in place; do it before its optimiser is made.
 
@@ -42,25 +53,36 @@ def shard(
         mesh: See `World.mesh`.
         stay_gathered: Units whose parameters somebody still reads after their forward; those that are called by
             a method are such, since it may return a parameter, as a mixer does its D.
+        offloaded: Units whose part stays in the host's memory, and comes to the device when it is gathered.
     """
+    host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for unit in units:
         methods = [name for name in FORWARD_METHODS if hasattr(unit, name)]
         stays = bool(methods) or unit is model or unit in stay_gathered
-        fully_shard(unit, mesh=mesh, reshard_after_forward=not stays)
+        policy = host if unit in offloaded else OffloadPolicy()
+        fully_shard(unit, mesh=mesh, reshard_after_forward=not stays, offload_policy=policy)
         for name in methods:
             register_fsdp_forward_method(unit, name)
     if model not in units:
-        tied = _tied(model)
+        tied = tied_parameters(model)
         for piece in _pieces(model, set(units)):
             if tied.isdisjoint(map(id, piece.parameters())):
                 fully_shard(piece, mesh=mesh, reshard_after_forward=True)
-        model.to(mesh.device_type)  # what is tied stays whole
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not isinstance(tensor, DTensor):  # what is tied stays whole
+                tensor.data = tensor.data.to(mesh.device_type)
 
 
-def shard_teacher(teacher: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Spread a frozen teacher, in place; only its backbone and its head are called as such, so they stay gathered."""
-    outer = [backbone(teacher), teacher.get_output_embeddings()]
-    shard(teacher, [*blocks(teacher), *outer], mesh, stay_gathered=outer)
+def shard_teacher(teacher: PreTrainedModel, mesh: DeviceMesh, *, offload: bool = False) -> None:
+    """Spread a frozen teacher, in place; only its backbone and its head are called as such, so they stay gathered.
+
+    Args:
+        teacher: On any device.
+        mesh: See `World.mesh`.
+        offload: Whether each process's part of its layers stays in the host's memory.
+    """
+    layers, outer = list(blocks(teacher)), [backbone(teacher), teacher.get_output_embeddings()]
+    shard(teacher, [*layers, *outer], mesh, stay_gathered=outer, offloaded=layers if offload else ())
 
 
 def shard_step(step: StageStep, mesh: DeviceMesh) -> None:
@@ -131,11 +153,7 @@ class Replicas:
         return nullcontext()
 
 
-def _sharded_parts(module: nn.Module) -> Iterator[FSDPModule]:
-    return (part for part in module.modules() if isinstance(part, FSDPModule))
-
-
-def _tied(model: nn.Module) -> set[int]:
+def tied_parameters(model: nn.Module) -> set[int]:
     """Parameters, by their ids, that more than one module has."""
     seen: set[int] = set()
     tied: set[int] = set()
@@ -143,6 +161,10 @@ def _tied(model: nn.Module) -> set[int]:
         for parameter in module.parameters(recurse=False):
             (tied if id(parameter) in seen else seen).add(id(parameter))
     return tied
+
+
+def _sharded_parts(module: nn.Module) -> Iterator[FSDPModule]:
+    return (part for part in module.modules() if isinstance(part, FSDPModule))
 
 
 def _pieces(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
