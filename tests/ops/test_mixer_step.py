@@ -39,14 +39,36 @@ def test_the_gradient():
     assert torch.autograd.gradcheck(mixer_step, draw(p=2, n=2))
 
 
-def test_in_place_writes_what_would_be_returned():
-    with torch.no_grad():
-        inputs = draw()
-        expected = mixer_step(*inputs)
-        out, conv_state, state = mixer_step(*inputs, in_place=True)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize(("g", "k"), [(1, 4), (2, 2), (4, 1)])
+def test_in_place_writes_what_would_be_returned(g, k, activation, masked):
+    inputs = [tensor.detach() for tensor in draw(g=g, k=k)]
+    options = {"activation": activation, "mask": torch.tensor([True, False]) if masked else None}
+    expected = mixer_step(*inputs, **options)
+    out, conv_state, state = mixer_step(*inputs, **options, in_place=True)
     assert conv_state is inputs[3]
     assert state is inputs[4]
-    assert all(torch.equal(one, other) for one, other in zip((out, conv_state, state), expected, strict=True))
+    torch.testing.assert_close((out, conv_state, state), expected, **EXACT)
+
+
+def test_in_place_without_biases_whatever_the_layout():
+    inputs = [tensor.detach() for tensor in draw()]
+    inputs[6] = inputs[8] = None
+    expected = mixer_step(*inputs)
+    inputs[3], inputs[4] = (tensor.mT.contiguous().mT for tensor in inputs[3:5])
+    torch.testing.assert_close(mixer_step(*inputs, in_place=True), expected, **EXACT)
+
+
+@pytest.mark.parametrize("conv_type", [torch.bfloat16, torch.float32])
+def test_in_place_of_narrow_types(conv_type):
+    inputs = [tensor.detach() for tensor in draw(dtype=torch.float32)]
+    inputs = [tensor.bfloat16() if i < 3 else tensor for i, tensor in enumerate(inputs)]
+    inputs[3] = inputs[3].to(conv_type)
+    out, new_conv, new_state = mixer_step(*inputs)
+    found = mixer_step(*inputs, in_place=True)
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found, (out, new_conv.to(conv_type), new_state), rtol=1e-2, atol=1e-5)
 
 
 def test_narrow_types():

@@ -4,14 +4,14 @@ At one token, on a CPU, a small model's modules, checks and keyword arguments co
 the same at every token, so the calls are too: they are written down once and made again without what led to them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 READS = frozenset(
     {"__bool__", "__float__", "__index__", "__int__", "allclose", "equal", "is_nonzero", "item", "tolist"}
@@ -40,10 +40,10 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in READS:
             raise LookedAtNumbersError(str(func))
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [*_tensors(args), *_tensors(kwargs)]
         versions = list(map(_version, given))
         result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        made = list(_tensors(result))
         if not made:
             return result
         changed = list(map(_version, given)) != versions
@@ -63,7 +63,7 @@ class _Recorder(TorchFunctionMode):
         return all(tensor.untyped_storage().data_ptr() in storages for tensor in made)
 
     def _write(self, func: Any, args: Any, kwargs: Any, result: Any, changed: bool) -> None:
-        args, kwargs = tree_map(self._node, args), tree_map(self._node, kwargs)
+        args, kwargs = map_aggregate(args, self._node), map_aggregate(kwargs, self._node)
         if getattr(func, "__name__", "") == "__get__":  # a property, such as x.mT
             func, args = getattr, (*args[:1], func.__self__.__name__)
         node = self.graph.call_function(func, args, kwargs)
@@ -90,7 +90,7 @@ class _Recorder(TorchFunctionMode):
                 self.alive.append(result)
         elif isinstance(result, tuple | list):
             for number, part in enumerate(result):
-                if tree_leaves(part):
+                if isinstance(part, Tensor | tuple | list):
                     self._name(self.graph.call_function(getitem, (node, number)), part)
 
     def finish(self, output: Tensor) -> fx.Graph:
@@ -101,6 +101,17 @@ class _Recorder(TorchFunctionMode):
                 self.graph.erase_node(node)
         self.graph.lint()
         return self.graph
+
+
+def _tensors(nested: Any) -> Iterator[Tensor]:
+    """Those in a value, or in tuples, lists and dictionaries of them; torch's own way to find them takes far longer."""
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, tuple | list):
+        for part in nested:
+            yield from _tensors(part)
+    elif isinstance(nested, dict):
+        yield from _tensors(list(nested.values()))
 
 
 def _version(tensor: Tensor) -> int:

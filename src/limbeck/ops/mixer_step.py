@@ -4,7 +4,8 @@
     S_t = exp(a) · S_{t-1} + x ⊗ B                      out = (S_t · C + D·x) · silu(z + z_bias)
 
 At one token the launches cost more than the work, so this is one operator. This is the door: shapes, number types, the
-choice of backend. The computation is in `mixer_step_reference.py`, readable, and in `mixer_step_triton.py`, for CUDA.
+choice of backend. The computation is in `mixer_step_reference.py`, readable, in `mixer_step_in_place.py`, for decoding
+on a CPU, and in `mixer_step_triton.py`, for CUDA.
 """
 
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from limbeck.errors import LimbeckError
 from limbeck.ops.backends import choose_backend
 from limbeck.ops.causal_conv import MOST_TAPS, Activation
 from limbeck.ops.checks import check_mask, check_shapes, wide_dtype, without_autocast
+from limbeck.ops.mixer_step_in_place import mixer_step_in_place
 from limbeck.ops.mixer_step_reference import mixer_step_reference
 
 WIDEST_STATE = 256
@@ -77,9 +79,13 @@ def mixer_step(
         from limbeck.ops.mixer_step_triton import mixer_step_triton
 
         return mixer_step_triton(*inputs, mask, activation == "silu", in_place)
+    silu = activation == "silu"
     with without_autocast(xBC):
         wides: Any = [None if tensor is None else tensor.to(wide) for tensor in inputs]
-        out, new_conv, new_state = mixer_step_reference(*wides, mask=mask, silu=activation == "silu")
+        if in_place and mask is None and state.dtype == wide:
+            out = mixer_step_in_place(*wides[:3], conv_state, *wides[4:], silu=silu)
+            return out.to(z.dtype), conv_state, state
+        out, new_conv, new_state = mixer_step_reference(*wides, mask=mask, silu=silu)
     out = out.to(z.dtype)
     if in_place:
         return out, conv_state.copy_(new_conv), state.copy_(new_state)
