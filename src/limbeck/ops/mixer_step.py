@@ -83,8 +83,8 @@ def mixer_step(
     with without_autocast(xBC):
         wides: Any = [None if tensor is None else tensor.to(wide) for tensor in inputs]
         if in_place and mask is None and state.dtype == wide:
-            out = mixer_step_in_place(*wides[:3], conv_state, *wides[4:], silu=silu)
-            return out.to(z.dtype), conv_state, state
+            wides[3] = conv_state  # itself, not a wider copy
+            return mixer_step_in_place(*wides, silu=silu).to(z.dtype), conv_state, state
         out, new_conv, new_state = mixer_step_reference(*wides, mask=mask, silu=silu)
     out = out.to(z.dtype)
     if in_place:

@@ -131,7 +131,10 @@ class FixedRecurrentLayer(RecurrentLayer):
     def __init__(self, filled: RecurrentLayer, position: Tensor, room: int):
         super().__init__()
         assert filled.state is not None
-        self.state = filled.state._make(tensor.contiguous() for tensor in filled.state)
+        state = filled.state._make(tensor.contiguous() for tensor in filled.state)
+        if state.conv.device.type == "cpu":  # the channels last: what enters at a token then lies side by side
+            state = state._replace(conv=state.conv.mT.contiguous().mT)
+        self.state = state
         self.position, self.room = position, room
 
     def advance(self, state: MixerState, tokens: int) -> NoReturn:
