@@ -13,6 +13,8 @@ float32 or float64. Head j uses head j // (h/g) of B and C. Nothing is ever expo
 difference of cumulative decays is formed first, and entries above the diagonal are masked before exp.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -268,13 +270,15 @@ def _from_chunks(tensor: Tensor, b: int, h: int) -> Tensor:
 def _decay_matrix(log_decay: Tensor, seq_idx: Tensor | None) -> Tensor:
     """exp(a_{s+1} + … + a_t) at [t, s] for s ≤ t in one document, else 0: (…, q) → (…, q, q).
 
-    Sums are made from s on, never as a difference of two long sums, so that neither a long sequence nor a decay of
-    −inf costs precision.
+    Sums are made back from t, never as a difference of two long sums, so that neither a long sequence nor a decay of
+    −inf costs precision. What is too small to matter is 0.
     """
     q = log_decay.shape[-1]
-    after = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril(-1)  # s < t
-    sums = log_decay[..., None].expand(*log_decay.shape, q).masked_fill(~after, 0).cumsum(-2)  # (…, t, s)
-    visible = after | torch.eye(q, dtype=torch.bool, device=log_decay.device)
+    past = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()  # s ≤ t
+    following = F.pad(log_decay[..., 1:], (0, 1))  # a_{s+1} at s
+    terms = following[..., None, :].expand(*log_decay.shape, q).masked_fill(~past.tril(-1), 0)  # at [t, s]
+    sums = terms.flip(-1).cumsum(-1).flip(-1)  # along memory: along t a CPU takes several times as long
+    visible = past & (sums.detach() > math.log(_FLOOR[log_decay.dtype][1]))
     if seq_idx is not None:
         visible = visible & (seq_idx[..., :, None] == seq_idx[..., None, :])
     return sums.masked_fill(~visible, -torch.inf).exp()
