@@ -4,7 +4,7 @@
 
 An update of four samples of 2048 tokens, in bfloat16, with random weights. "offloaded" is ``engine.offload_teacher``,
 "compiled" ``engine.compile_teacher``, "cached" a cache of `write_teacher_cache`: the 64 likeliest tokens (logits), or
-hidden states of all blocks (hidden). Reading them, out of the page cache here, is in the time.
+hidden states of all blocks (hidden), read ahead out of the page cache.
 """
 
 import gc
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from limbeck.data import BatchSampler, TokenDataset, collate, micro_batches
+from limbeck.data import BatchSampler, ReadAhead, TokenDataset, collate, micro_batches
 from limbeck.distill import HiddenObjective, Keeping, LogitsObjective, StageStep, write_teacher_cache
 from limbeck.recipes.driver import optimizer_of
 from limbeck.training import World, compile_layers, offload_layers
@@ -51,7 +51,8 @@ def cached(
     tokens = len(samples) * LENGTH
     about = {"bytes_per_token": size / tokens, "tokens_per_second_to_make": tokens / (time.perf_counter() - begin)}
     objective_ = HiddenObjective(cached=True) if hidden else LogitsObjective(cached_vocabulary=cache.vocabulary)
-    return StageStep(step.student, objective_, None), lambda _, indices, batch: cache.rows(indices, batch), about
+    read = cache.states if hidden else cache.rows
+    return StageStep(step.student, objective_, None), lambda _, indices, batch: read(indices, batch), about
 
 
 def measure(objective: str, way: str, folder: str) -> dict[str, Any]:
@@ -71,7 +72,8 @@ def measure(objective: str, way: str, folder: str) -> dict[str, Any]:
     optimizer = optimizer_of(step, recipe.stages[objective])
     module = Replicas(step, World.alone(DEVICE))
     module.prepare()
-    batches = micro_batches(samples, BatchSampler(len(samples), SAMPLES, seed=0), SAMPLES, complete=complete)
+    read = micro_batches(samples, BatchSampler(len(samples), SAMPLES, seed=0), SAMPLES, complete=complete)
+    batches = ReadAhead(read, WARM_UP + UPDATES, pinned=True)
     losses, seconds = [], []
     gc.collect()
     for number in range(WARM_UP + UPDATES):

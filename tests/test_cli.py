@@ -486,6 +486,7 @@ def test_help_needs_no_torch(arguments):
     assert "Usage: limbeck" in done.stdout
 
 
+@pytest.mark.slow
 def test_import_brings_in_nothing_that_is_optional(tmp_path):
     optional = {"datasets", "lm_eval", "matplotlib"}
     for name in optional:  # so that even an import inside `try` shows

@@ -80,6 +80,7 @@ def test_what_auto_refuses(command, teacher_folder, student_folder, text_file, t
     assert "holds something" in refused("--keep-attention", "auto:1", "--data", text_file, destination=hybrid)
 
 
+@pytest.mark.slow
 def test_an_inspection(command, teacher_folder, student_folder, tmp_path):
     (tmp_path / "run").mkdir()
     given = ("--teacher", teacher_folder, "--text", "the old word", "--device", "cpu")

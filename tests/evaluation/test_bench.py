@@ -120,6 +120,7 @@ def test_a_model_keeps_its_mode(student):
     student.eval()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_left_out_and_told(student, monkeypatch, capsys):
     module = sys.modules["limbeck.evaluation.bench"]
 

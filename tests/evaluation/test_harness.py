@@ -127,6 +127,7 @@ def test_the_size_of_a_batch_changes_nothing(score, teacher_folder, student_fold
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_are_kept_until_something_changes(score, teacher_folder, student_folder, monkeypatch, tmp_path):
     import lm_eval
 
@@ -148,6 +149,7 @@ def test_scores_are_kept_until_something_changes(score, teacher_folder, student_
     assert more.mean(more.models[0]) is None
 
 
+@pytest.mark.slow
 def test_a_call_that_was_cut_off_goes_on(score, teacher_folder, monkeypatch):
     import lm_eval
 

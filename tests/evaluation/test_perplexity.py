@@ -192,6 +192,7 @@ def test_positions_add_up_to_the_whole(teacher, student_folder):
     assert position_edges(5) == [0, 5]
 
 
+@pytest.mark.slow
 def test_details_and_strides_of_a_text(student_folder, teacher_folder, text_file, tmp_path):
     options = {"sequence_length": 32, "device": "cpu"}
     plain = evaluate_on_text(student_folder, text_file, **options)

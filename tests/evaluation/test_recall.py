@@ -117,6 +117,7 @@ def test_a_pass_key_is_found_when_the_first_number_is_it(tokenizer, text_file):
         assert haystack.found(row, ["12345"]) == [right], text
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_the_default_text(tokenizer):
     first, same, other = (Haystack(tokenizer, 500, 288, None, seed) for seed in (0, 0, 1))
     assert np.array_equal(first.tokens, same.tokens)

@@ -75,6 +75,7 @@ def test_a_closed_gate_is_no_nan():
     assert all(tensor.isfinite().all() for tensor in found)
 
 
+@pytest.mark.slow
 def test_the_operators_keep_torchs_rules():
     for options in ({}, {"skip": False, "bias": False}):
         flat = [

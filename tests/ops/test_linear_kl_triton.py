@@ -165,6 +165,7 @@ def test_number_types_must_fit():
         linear_kl(states.half(), student, teacher_states, teacher, backend="triton")
 
 
+@pytest.mark.slow
 def test_the_operator_keeps_what_it_promises_to_compilers(small_chunks):
     states, student, teacher_states, teacher, labels, tokens = cast(draw(b=1, l=3), torch.float32)
     leaves = [tensor.requires_grad_() for tensor in (states[0], *student[:2])]

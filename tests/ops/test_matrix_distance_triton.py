@@ -145,6 +145,7 @@ def test_the_gradient_at_the_corner_is_zero(small_tiles):
     assert not any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.slow
 def test_the_operator_keeps_what_it_promises_to_compilers(small_tiles):
     query, key, *learned = (t.float() for t in draw(b=1, l=20))
     learned = [t.contiguous().requires_grad_() for t in learned]

@@ -168,6 +168,7 @@ def test_wider_states_go_to_the_reference():
         selective_scan(x, delta, A, B, C, backend="triton")
 
 
+@pytest.mark.slow
 def test_the_operator_keeps_what_it_promises_to_compilers():
     from limbeck.ops import selective_scan_triton as _  # noqa: F401
 

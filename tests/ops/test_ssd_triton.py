@@ -103,6 +103,7 @@ def test_the_state_alone_may_be_used():
     torch.testing.assert_close(ours, found, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_operator_keeps_what_it_promises_to_compilers():
     from limbeck.ops import ssd_triton as _  # noqa: F401
 

@@ -205,6 +205,7 @@ def test_copies_are_of_what_is_held(teacher):
         assert copies_of(recipe, student, model, bf16) == learning + bf16 * stays
 
 
+@pytest.mark.slow
 def test_several_gpus_choose_as_a_run_does(teacher, monkeypatch):
     assert estimate(small(), teacher=teacher, gpu="H200", gpus=2)["parallel"] == "ddp"
     tight = CARDS["H200"]
@@ -215,6 +216,7 @@ def test_several_gpus_choose_as_a_run_does(teacher, monkeypatch):
     assert not any(stage["fits"] for stage in found["stages"].values())
 
 
+@pytest.mark.slow
 def test_activations_follow_the_objective(teacher):
     def held(*settings: str) -> list[int]:
         stages = estimate(small("mohawk", *settings), teacher=teacher)["stages"]
@@ -270,6 +272,7 @@ def test_arithmetic_of_a_student_without_teacher(config: PretrainedConfig, tmp_p
     assert 1.0 < found["flops_per_token"] / (6 * products) < 1.5
 
 
+@pytest.mark.slow
 def test_what_is_not_known_is_said(teacher, monkeypatch):
     for found, words in (
         (estimate(small()), "names no teacher"),

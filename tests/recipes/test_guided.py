@@ -154,6 +154,7 @@ def test_each_mode_follows_until_its_time_is_over(finished, mode, until):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_trajectory_learns_beside_the_student_and_is_in_the_checkpoints(finished):
     lines = updates_of(finished("trajectory"))
     assert [line["step"] for line in lines if "teacher_loss" in line] == [2, 4, 6]
@@ -171,6 +172,7 @@ def test_the_student_follows_the_teacher_as_it_was_before_its_update(finished, r
     assert updates_of(finished("trajectory"))[2]["layer"] != updates_of(finished("target"))[2]["layer"]
 
 
+@pytest.mark.slow
 def test_the_teacher_is_freed_at_the_switch(run, tmp_path, monkeypatch):
     held = []
 
@@ -195,6 +197,7 @@ def test_the_teacher_is_freed_at_the_switch(run, tmp_path, monkeypatch):
         assert alive == [1] * 2 * until + [0] * 2 * (STEPS - until), mode
 
 
+@pytest.mark.slow
 def test_waypoints_are_walked_through_by_their_numbers(finished, waypoints, guided):
     stage = load_recipe(
         guided, ["stages.layerwise.guidance=waypoint", f"stages.layerwise.waypoints={waypoints}"]

@@ -218,6 +218,7 @@ def test_a_compiled_student_learns_the_same(keep_attention, tokens, compiled):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_a_graph_break_would_be_seen(tokens, compiled, monkeypatch):
     from limbeck.mixers import DiscreteMamba2
 

@@ -1,5 +1,6 @@
 """Data: text into tokens, tokens into samples, samples into batches. It knows nothing of models."""
 
+from limbeck.data.ahead import ReadAhead
 from limbeck.data.batches import BatchSampler, collate, fitting_micro_batch, micro_batches, share_of
 from limbeck.data.corpus import Corpus, Reading
 from limbeck.data.megatron import PILE_SAMPLES, MegatronDataset, describe, is_megatron
@@ -22,6 +23,7 @@ __all__ = [
     "MegatronWriter",
     "MixedDataset",
     "Part",
+    "ReadAhead",
     "Reading",
     "Samples",
     "Task",

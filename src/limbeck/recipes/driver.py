@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from limbeck.data import BatchSampler, Samples, collate, fitting_micro_batch, micro_batches
+from limbeck.data import BatchSampler, ReadAhead, Samples, collate, fitting_micro_batch, micro_batches
 from limbeck.devices import environment
 from limbeck.distill import WHOLE_MODEL, Guide, GuidedStep, StageStep, TeacherCache, make_objective, mixer_parameters
 from limbeck.errors import LimbeckError
@@ -133,15 +133,15 @@ class Driver:
         if self.world.main and self._trackers is None:  # a finished run opens none
             self._trackers = trackers_of(self.run, self.recipe)
         log = MetricsLog(self.run.metrics, self._trackers) if self.world.main else nullcontext()
-        with log as metrics, _tf32(self.recipe.tf32):
+        read = micro_batches(self.samples.training, sampler, micro_batch, **share, complete=completed(stage))
+        ahead = ReadAhead(read, stage.steps, pinned=self.device.type == "cuda")
+        with log as metrics, ahead as batches, _tf32(self.recipe.tf32):
             try:
                 result = train_stage(
                     step,
                     optimizer,
                     stage=name,
-                    batches=micro_batches(
-                        self.samples.training, sampler, micro_batch, **share, complete=completed(stage)
-                    ),
+                    batches=batches,
                     schedule=stage.learning_rate,
                     total_steps=stage.steps,
                     tokens_per_step=stage.tokens_per_step,
