@@ -1,6 +1,8 @@
 """Batches read ahead are the batches; the next one is made meanwhile; an error comes in its turn."""
 
+import contextlib
 import threading
+import weakref
 
 import pytest
 import torch
@@ -56,3 +58,18 @@ def test_the_thread_ends():
         ahead(0)
         assert any(thread.name.startswith("batches") for thread in threading.enumerate())
     assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
+
+
+def test_an_error_does_not_keep_alive_what_was_at_work():
+    """A run's lock goes with the run: it may not wait for the garbage collector."""
+
+    class Run:
+        def __call__(self, update):
+            raise OSError("the disk is gone")
+
+    run = Run()
+    gone = weakref.ref(run)
+    with contextlib.suppress(OSError), ReadAhead(run, 3) as ahead:
+        ahead(0)
+    del run, ahead
+    assert gone() is None

@@ -28,11 +28,17 @@ class ReadAhead:
 
     def __call__(self, update: int) -> list[dict[str, Tensor]]:
         """Give an update's micro-batches, and begin with those of the next."""
-        ahead, self._next = self._next, None
-        future = ahead[1] if ahead is not None and ahead[0] == update else self._thread.submit(self._make, update)
-        if update + 1 < self.updates:
-            self._next = (update + 1, self._thread.submit(self._make, update + 1))
-        return future.result()
+        found = self._begun(update)
+        self._next = (update + 1, self._begun(update + 1)) if update + 1 < self.updates else None
+        try:
+            return found.result()
+        finally:
+            del found  # an error would hold this frame, which holds the error
+
+    def _begun(self, update: int) -> Future[list[dict[str, Tensor]]]:
+        if self._next is not None and self._next[0] == update:
+            return self._next[1]
+        return self._thread.submit(self._make, update)
 
     def _make(self, update: int) -> list[dict[str, Tensor]]:
         made = self.batches(update)
