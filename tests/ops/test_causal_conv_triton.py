@@ -82,6 +82,7 @@ def test_the_kernels_are_the_reference(length, k, activation, poisoned):
     compare(draw(length, k=k, bias=k != 2), torch.float32, 1e-6, activation=activation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"state": True}, {"documents": True}, {"padding": True}], ids=str)
 def test_options(options, poisoned):
     compare(draw(19, **options), torch.float32, 1e-6)

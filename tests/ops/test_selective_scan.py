@@ -134,6 +134,7 @@ def test_narrow_inputs_are_computed_in_float32():
     assert [gradient.dtype for gradient in gradients([y], [x, delta])] == [torch.bfloat16, torch.float32]
 
 
+@pytest.mark.slow
 def test_the_operator_keeps_what_it_promises_to_compilers():
     inputs = make_inputs(l=9)
     seq_idx = torch.arange(9).expand(2, -1) // 4

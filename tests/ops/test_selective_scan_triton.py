@@ -127,6 +127,7 @@ def test_a_step_of_zero_leaves_no_trace():
     assert torch.equal(last, initial)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 1])
 def test_outputs_alone_or_the_state_alone_may_be_used(part):
     inputs = [tensor.requires_grad_() for tensor in rounded(draw(b=1), torch.float32)]

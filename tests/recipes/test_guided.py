@@ -163,6 +163,7 @@ def test_a_trajectory_learns_beside_the_student_and_is_in_the_checkpoints(finish
     assert not (folders / "step-00000007/companion.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_student_follows_the_teacher_as_it_was_before_its_update(finished, run, tmp_path):
     """With a teacher that is never updated in time, the first updates are those of target guidance."""
     first = [line | {"lr": 0} for line in updates_of(finished("trajectory"))[:2]]
@@ -273,6 +274,7 @@ def test_keep_every(kept):
     assert checkpoints_of(kept) == list(range(1, 11))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["", "layerwise:"])
 def test_a_branch_without_the_teacher_is_the_hybrid_mode(kept, finished, command, tmp_path, stage):
     output, log = tmp_path / "branch", tmp_path / "log"

@@ -445,6 +445,7 @@ def test_a_mixer_that_cannot_be_is_refused_before_anything_is_left(again, recipe
 # --- any family -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["phi", "llama"])
 def test_a_hybrid_of_another_family(family, precision, again, recipe_file, teacher_folder, tmp_path):

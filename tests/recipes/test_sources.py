@@ -76,6 +76,7 @@ def lines_of(output):
     return [{key: value for key, value in line.items() if key not in TIME_FIELDS} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_learns_a_task(mode, settings, recipe_file, tasks, teacher_folder, tmp_path):
     run = distill(
