@@ -68,7 +68,8 @@ def assert_same(found, expected):
         one, other = load_file(found / path.relative_to(expected)), load_file(path)
         assert one.keys() == other.keys()
         for name, tensor in other.items():
-            assert (one[name] - tensor).abs().max() < 1e-4, (path.parent.parent.name, name)
+            # As a whole: where a gradient is almost 0, Adam makes a step of the order of its sums.
+            assert (one[name] - tensor).norm() < 1e-4 * tensor.norm(), (path.parent.parent.name, name)
 
 
 @pytest.mark.slow
