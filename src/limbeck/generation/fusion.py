@@ -171,7 +171,7 @@ def _views(node: Node) -> list[Node]:
 
 
 def _unviewed(node: Node) -> Node:
-    return ([node, *_views(node)])[-1]
+    return [node, *_views(node)][-1]
 
 
 def _is_sum(node: Node) -> bool:
@@ -213,9 +213,10 @@ def _norm_of(node: Node) -> _Normed | None:
 def _layer_norm(node: Node) -> _Normed | None:
     names = ("x", "shape", "weight", "bias", "eps")
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    if len(given["shape"]) != 1 or not _is_weight(given.get("weight")):
+    weight, bias = given.get("weight"), given.get("bias")
+    if len(given["shape"]) != 1 or not _is_weight(weight) or not (bias is None or _is_weight(bias)):
         return None
-    return _Normed(given["x"], "layer", given.get("eps", 1e-5), (given["weight"], given.get("bias")))
+    return _Normed(given["x"], "layer", given.get("eps", 1e-5), (weight, bias))
 
 
 def _rms_norm(node: Node) -> _Normed | None:
@@ -227,6 +228,8 @@ def _rms_norm(node: Node) -> _Normed | None:
     squares, dim = _arguments(mean, Tensor.mean)
     base, power = _arguments(squares, Tensor.pow)
     if base is None or base is not x or (dim, power) != (-1, 2) or not _is_weight(weight):
+        return None
+    if not mean.kwargs.get("keepdim") or not isinstance(eps, float):
         return None
     return _Normed(_uncast(x), "rms", eps, (weight,))
 
