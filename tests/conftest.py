@@ -67,3 +67,29 @@ def teacher_folder(tmp_path_factory):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", bos_token="<end>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def student_folder(teacher_folder, tmp_path_factory):
+    """That teacher's student, as converted."""
+    import limbeck
+
+    folder = tmp_path_factory.mktemp("student") / "student"
+    limbeck.convert_folder(teacher_folder, folder)
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """``limbeck ARGUMENTS`` in this process: exit code, standard output, standard error."""
+    import limbeck_cli
+
+    def command(*arguments):
+        monkeypatch.setattr("sys.argv", ["limbeck", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            limbeck_cli.main()
+        out, err = capfd.readouterr()
+        return end.value.code or 0, out, err
+
+    return command

@@ -46,28 +46,6 @@ def recipe(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def student_folder(teacher_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("student") / "student"
-    limbeck.convert_folder(teacher_folder, folder)
-    return folder
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """``limbeck ARGUMENTS`` in this process: exit code, standard output, standard error."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["limbeck", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            limbeck_cli.main()
-        out, err = capfd.readouterr()
-        return end.value.code or 0, out, err
-
-    return command
-
-
 @pytest.fixture
 def good(command):
     """A command that ends well; its standard output."""

@@ -5,30 +5,7 @@ import json
 import pytest
 
 import limbeck
-import limbeck_cli
 from limbeck.students import load_config
-
-
-@pytest.fixture(scope="module")
-def student_folder(teacher_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("student") / "student"
-    limbeck.convert_folder(teacher_folder, folder)
-    return folder
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """``limbeck ARGUMENTS`` in this process: exit code, standard output, standard error."""
-
-    def command(*arguments):
-        monkeypatch.setattr("sys.argv", ["limbeck", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            limbeck_cli.main()
-        out, err = capfd.readouterr()
-        return end.value.code or 0, out, err
-
-    return command
-
 
 SHORT = ("--sequence-length", 32, "--samples", 4, "--device", "cpu")
 

@@ -1,27 +1,16 @@
 """`limbeck recall`: a table or JSON on standard output, a file in a run, and mistakes with code 2."""
 
 import json
-import sys
 
 import pytest
 
 import limbeck
-import limbeck_cli
 
 
 @pytest.fixture
-def command(monkeypatch, capfd):
-    """``limbeck recall ARGUMENTS`` in this process: exit code, standard output, standard error."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["limbeck", "recall", *map(str, arguments), "--device", "cpu"])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            limbeck_cli.main()
-        out, err = capfd.readouterr()
-        return end.value.code or 0, out, err
-
-    return command
+def command(command):
+    """``limbeck recall ARGUMENTS``."""
+    return lambda *arguments: command("recall", *arguments, "--device", "cpu")
 
 
 def test_recall_of_a_student_beside_its_teacher(command, teacher_folder, text_file, tmp_path):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 import limbeck
-import limbeck_cli
 from limbeck import LimbeckError, load_recipe
 from limbeck.distill import LayerwiseObjective, StageStep
 from limbeck.plan import plan, plan_table
@@ -39,15 +37,15 @@ KEYS = [
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["limbeck", *arguments])
-        with pytest.raises(SystemExit) as end:
-            limbeck_cli.main()
-        assert not end.value.code
-        return capsys.readouterr().out
+def command(command):
+    """What ``limbeck ARGUMENTS`` prints."""
 
-    return command
+    def printed(*arguments):
+        code, out, _ = command(*arguments)
+        assert not code
+        return out
+
+    return printed
 
 
 @pytest.mark.parametrize(("proportion", "samples", "steps", "switch", "decay", "warmup", "every"), PUBLISHED)

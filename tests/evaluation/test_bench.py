@@ -3,12 +3,12 @@
 import json
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 import limbeck
-import limbeck_cli
 from limbeck.errors import LimbeckError
 from limbeck.evaluation import bench as measure
 from limbeck.evaluation.bench import _forward, measure_point
@@ -37,16 +37,9 @@ def folders(teacher_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capfd):
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["limbeck", "bench", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            limbeck_cli.main()
-        out, err = capfd.readouterr()
-        return end.value.code or 0, out, err
-
-    return command
+def command(command):
+    """``limbeck bench ARGUMENTS``."""
+    return partial(command, "bench")
 
 
 # --- figures --------------------------------------------------------------------------------------------------------

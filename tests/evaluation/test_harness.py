@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-import limbeck
 from limbeck import LimbeckError, load_model, load_tokenizer
 from limbeck.evaluation import TASK_SETS, evaluate_tasks
 from limbeck.evaluation.subjects import find_models
@@ -67,13 +66,6 @@ def local_tasks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield folder
-
-
-@pytest.fixture(scope="module")
-def student_folder(teacher_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("student") / "student"
-    limbeck.convert_folder(teacher_folder, folder, keep_attention=[0])
-    return folder
 
 
 @pytest.fixture

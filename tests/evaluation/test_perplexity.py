@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import limbeck
 from limbeck import LimbeckError, load_model, load_tokenizer
 from limbeck.data import TokenDataset, collate
 from limbeck.evaluation import agreement, by_position, perplexity, sliding_windows
@@ -18,13 +17,6 @@ from limbeck.evaluation.perplexity import MOST_NLL, Perplexity, evaluate_on_text
 @pytest.fixture(scope="module")
 def teacher(teacher_folder):
     return load_model(teacher_folder)
-
-
-@pytest.fixture(scope="module")
-def student_folder(teacher_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("student") / "student"
-    limbeck.convert_folder(teacher_folder, folder, keep_attention=[0])
-    return folder
 
 
 @pytest.fixture
