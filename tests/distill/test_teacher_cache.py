@@ -265,6 +265,10 @@ def test_predictions_that_are_not_finite_are_refused(write, batch_of, make_teach
         teacher.get_output_embeddings().weight[3, 0] = torch.nan
     with pytest.raises(LimbeckError, match="not finite"):
         write(tmp_path / "cache", teacher=teacher)
+    with torch.no_grad():
+        teacher.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(LimbeckError, match="not finite"):
+        write(tmp_path / "states", keeping=Keeping(4, hidden="block"), teacher=teacher)
 
 
 def test_a_teacher_is_known_by_its_weights_wherever_it_lies(teacher, tmp_path):

@@ -98,10 +98,30 @@ def test_what_is_changed_in_place_is_left_alone():
     check(function, torch.randn(1, 8).double(), norm_linears=1, **left)  # only the first has an input that stays
 
 
+def test_what_a_view_hides_is_seen():
+    norm, (layer,) = nn.LayerNorm(8).double(), layers(8, 8)
+
+    def function(x):
+        normed = norm(x)
+        normed.mul_(3)
+        return layer(normed.view(1, 8))
+
+    check(function, torch.randn(8).double(), layer_norm=1, mul_=1)
+
+
+@torch.no_grad()
+def test_autocast_is_left_alone():
+    layer, x = nn.Linear(8, 8), torch.randn(1, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        tape = Tape(layer, [x], fuse)
+        assert tape(x).dtype == torch.bfloat16
+    assert calls(tape)["linear"] == 1
+
+
 def test_sums_that_are_wider_than_their_terms_are_left_alone():
     (layer,) = layers(8, 8)
     check(lambda x: layer(x) + x.new_ones(3, 8), torch.randn(1, 8).double(), linear_sum=0, norm_linears=1)
-    check(lambda x: torch.add(layer(x), x, alpha=2), torch.randn(1, 8).double(), linear_sum=0, norm_linears=1)
+    check(lambda x: layer(x).add(x, alpha=2), torch.randn(1, 8).double(), linear_sum=0, norm_linears=1)
 
 
 def tokens(model, rows, rewrite):
@@ -115,11 +135,11 @@ def tokens(model, rows, rewrite):
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, rows):
-    """Twice as few calls of what is fused, and the same tokens."""
+    """Fewer calls of what is fused, and the same tokens."""
     model = limbeck.convert(tiny_teacher(family, dtype=torch.float64), keep_attention=(1,), init="random").double()
     (expected, before), (found, after) = (tokens(model, rows, rewrite) for rewrite in (None, fuse))
     assert torch.equal(found, expected)
-    fusible = ("linear", "addmm", "layer_norm", "rsqrt", "norm_linears", "linear_sum", "sum_norm")
-    assert sum(after[name] for name in fusible) <= sum(before[name] for name in fusible)
     if rows == 1:
-        assert after["linear"] + after["addmm"] < before["linear"] + before["addmm"]
+        assert after["linear"] <= 2 < before["linear"]  # out_proj of two mixers, whose input a CPU makes in place
+    if "gemma" not in family:  # whose norms have weights that are computed
+        assert after["layer_norm"] + after["rsqrt"] < before["layer_norm"] + before["rsqrt"]

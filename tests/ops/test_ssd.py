@@ -166,6 +166,15 @@ def test_packed_documents_are_separate_ones():
     assert not torch.allclose(y, ssd(*inputs[:4], initial_state=initial_state)), "without seq_idx documents must leak"
 
 
+@pytest.mark.parametrize("form", [ssd_recurrent, ssd_quadratic, ssd_chunked])
+def test_a_decay_that_is_no_number_shows(form):
+    x, log_decay, B, C, state = random_inputs(40)
+    log_decay = log_decay.detach().clone()
+    log_decay[:, 20] = torch.nan
+    y = values_and_gradients(form, (x, log_decay.requires_grad_(), B, C, state))[0]
+    assert y[:, 20:].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("decay", [-1e4, -torch.inf])
 @pytest.mark.parametrize("form", [ssd_recurrent, ssd_quadratic, ssd_chunked])

@@ -170,7 +170,7 @@ def test_what_a_cache_says_is_what_a_batch_carries(teacher, tmp_path):
 
     def planned(k):
         folder = tmp_path / f"k-{k}"
-        keeping = Keeping(k, hidden="mixer", hidden_stored="float32")
+        keeping = Keeping(k, hidden="block", hidden_stored="float32")
         about = {"teacher": "", "fingerprint": {}, "data": ""}
         cache = write_teacher_cache(folder, model, batch_of, samples=2, about=about, keeping=keeping)
         recipe = small("mohawk", *(f"stages.{name}.teacher_cache={folder}" for name in SPARED))
@@ -186,6 +186,17 @@ def test_what_a_cache_says_is_what_a_batch_carries(teacher, tmp_path):
         return estimated["stages"]["logits"]["memory"]["activations"]
 
     assert planned(128) - planned(8) == 4 * 64 * 120 * (4 + 4)
+
+
+@pytest.mark.slow
+def test_a_cache_without_what_a_stage_reads_is_refused(teacher, tmp_path):
+    model = AutoModelForCausalLM.from_config(config_of(teacher)).eval()
+    batch = {"input_ids": torch.randint(0, 320, (1, 64)), "labels": torch.randint(0, 320, (1, 64))}
+    about = {"teacher": "", "fingerprint": {}, "data": ""}
+    write_teacher_cache(tmp_path / "cache", model, lambda numbers: batch, samples=1, about=about)
+    recipe = small("mohawk", f"stages.hidden.teacher_cache={tmp_path / 'cache'}")
+    with pytest.raises(LimbeckError, match="--hidden-states None"):
+        estimate(recipe, teacher=teacher, gpu="H200")
 
 
 def test_copies_are_of_what_is_held(teacher):

@@ -208,14 +208,14 @@ def _predicted(rows: np.ndarray, teacher: PreTrainedModel, batch: Batch, plan: d
     with in_own_dtype(teacher), ExitStack() as stack:
         signals = {} if hidden is None else stack.enter_context(recording(teacher, batch.get("attention_mask")))
         top = predict(teacher, inputs_of(batch), kept)
-    if hidden is not None:
-        rows["states"] = states_of(signals, hidden)
     if not top.log_probs.isfinite().all():
         raise LimbeckError(
             "the teacher's predictions are not finite",
             expected="logits that are",
             hint="--dtype float32 or bfloat16, if it computes in float16",
         )
+    if hidden is not None:
+        rows["states"] = states_of(signals, hidden)
     rows["ids"], rows["log_probs"] = top.ids.cpu().numpy(), top.log_probs.float().cpu().numpy()
     rows["log_rest"] = top.log_rest.float().cpu().numpy()
 

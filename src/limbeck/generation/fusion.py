@@ -136,12 +136,13 @@ def _is_weight(node: Any) -> bool:
 
 
 def _is_linear(node: Any) -> bool:
-    """Whether it is a linear layer of one row that changes nowhere."""
+    """Whether it is a linear layer of one row that changes nowhere, all in one dtype: under autocast it is not."""
     if node.target is not F.linear or node.kwargs or not _is_weight(node.args[1]):
         return False
     x, weight, *bias = node.args
     rows = prod(x.meta["shape"][:-1])
-    fits = x.meta["dtype"] == weight.meta["dtype"] and all(b is None or _is_weight(b) for b in bias)
+    dtypes = {one.meta["dtype"] for one in (node, x, weight)}
+    fits = len(dtypes) == 1 and all(b is None or _is_weight(b) for b in bias)
     return fits and x.meta["steady"] and rows == 1
 
 
@@ -163,7 +164,7 @@ def _views(node: Node) -> list[Node]:
     while node.target in VIEWS and len(node.all_input_nodes) == 1:
         source = node.args[0]
         same = source.meta["shape"][-1:] == node.meta["shape"][-1:]
-        if not same or source.meta["shape"].numel() != node.meta["shape"].numel():
+        if not (same and source.meta["steady"]) or source.meta["shape"].numel() != node.meta["shape"].numel():
             break
         shown.append(source)
         node = source
@@ -203,11 +204,11 @@ def _activation(linear: Node) -> tuple[str, Node]:
 
 
 def _norm_of(node: Node) -> _Normed | None:
-    """The norm that a node is the result of."""
+    """The norm that a node is the result of, if neither it nor what it reads changes."""
     found = _layer_norm(node) if node.target is F.layer_norm else _rms_norm(node)
-    if found is None or not found.x.meta["steady"] or found.x.meta["dtype"] != node.meta["dtype"]:
+    if found is None or found.x.meta["dtype"] != node.meta["dtype"]:
         return None
-    return found
+    return found if node.meta["steady"] and found.x.meta["steady"] else None
 
 
 def _layer_norm(node: Node) -> _Normed | None:

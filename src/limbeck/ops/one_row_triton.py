@@ -69,7 +69,7 @@ def _normed_product(
             total += x
             squares += x * x
         mean = tl.sum(total) / K if NORM == "layer" else 0.0
-        scale = tl.rsqrt(tl.sum(squares) / K - mean * mean + eps)
+        scale = tl.rsqrt(tl.maximum(tl.sum(squares) / K - mean * mean, 0.0) + eps)
     acc = tl.zeros((BM, BK), tl.float32)
     for start in tl.static_range(0, K, BK):
         x = _wide(x_ptr, start + k, K)

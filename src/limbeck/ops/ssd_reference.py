@@ -278,7 +278,7 @@ def _decay_matrix(log_decay: Tensor, seq_idx: Tensor | None) -> Tensor:
     following = F.pad(log_decay[..., 1:], (0, 1))  # a_{s+1} at s
     terms = following[..., None, :].expand(*log_decay.shape, q).masked_fill(~past.tril(-1), 0)  # at [t, s]
     sums = terms.flip(-1).cumsum(-1).flip(-1)  # along memory: along t a CPU takes several times as long
-    visible = past & (sums.detach() > math.log(_FLOOR[log_decay.dtype][1]))
+    visible = past & ~(sums.detach() <= math.log(_FLOOR[log_decay.dtype][1]))  # what is not a number stays it
     if seq_idx is not None:
         visible = visible & (seq_idx[..., :, None] == seq_idx[..., None, :])
     return sums.masked_fill(~visible, -torch.inf).exp()

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from limbeck.distill import Keeping, TeacherCache
 from limbeck.distill.teacher_cache import KEYS, MANIFEST
 from limbeck.distill.teacher_states import STATES, states_shape
+from limbeck.recipes.cached import check_states
 from limbeck.recipes.schema import AnyStage, HiddenStage
 from limbeck.recipes.stages import cache_of
 
@@ -21,9 +22,16 @@ def cache_is_there(stage: AnyStage) -> bool:
 
 
 def manifest_of(stage: AnyStage, teacher: PretrainedConfig) -> dict[str, Any]:
-    """What a stage's cache says of itself or, where it is not made yet, would say if it were made as by default."""
+    """What a stage's cache says of itself or, where it is not made yet, would say if it were made as by default.
+
+    Raises:
+        LimbeckError: It lacks the hidden states that the stage reads.
+    """
     if cache_is_there(stage):
-        return TeacherCache(str(cache_of(stage))).manifest
+        cache = TeacherCache(str(cache_of(stage)))
+        if isinstance(stage, HiddenStage):
+            check_states(cache, stage.objective, stage)
+        return cache.manifest
     usual, config = Keeping(), teacher
     states = {"layers": config.num_hidden_layers, "width": config.hidden_size, "stored": usual.hidden_stored}
     target = {"target": stage.target} if isinstance(stage, HiddenStage) else {}

@@ -135,7 +135,7 @@ def check_caches(recipe: Recipe, teacher: str, training: Samples, sources: int) 
         _same(cache, name, "teacher", cache.manifest["fingerprint"], fingerprints[source], source)
         _same(cache, name, "sequence_length", cache.manifest["sequence_length"], recipe.data.sequence_length)
         if isinstance(stage, HiddenStage):
-            _same(cache, name, "--hidden-states", (cache.manifest.get("hidden") or {}).get("target"), stage.target)
+            check_states(cache, name, stage)
         else:
             temperature = getattr(stage, "temperature", 1.0)
             if not math.isclose(cache.manifest["temperature"], temperature):
@@ -144,6 +144,15 @@ def check_caches(recipe: Recipe, teacher: str, training: Samples, sources: int) 
             _same(cache, name, "samples", len(cache), needed)
         for index in {0, needed - 1}:
             cache.compare([index], collate(training, [index]))
+
+
+def check_states(cache: TeacherCache, name: str, stage: HiddenStage) -> None:
+    """Refuse a cache without the hidden states that a stage, of that name, reads.
+
+    Raises:
+        LimbeckError: It has none, or others.
+    """
+    _same(cache, name, "--hidden-states", (cache.manifest.get("hidden") or {}).get("target"), stage.target)
 
 
 def _same(cache: TeacherCache, stage: str, what: str, found: Any, expected: Any, shown: str | None = None) -> None:
